@@ -1,0 +1,41 @@
+"""Normalisation of each vector by its own statistics."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from formery.parts.part import Part
+
+
+class LayerNorm(Part):
+    """`(x - mean) / sqrt(variance + epsilon) * weight + shift` (Ba et al., 2016)."""
+
+    def __init__(self, width: int, epsilon: float = 1e-5, bias: bool = True):
+        super().__init__()
+        self.width, self.epsilon = width, epsilon
+        self.weight = nn.Parameter(torch.ones(width))
+        self.shift = nn.Parameter(torch.zeros(width)) if bias else None
+
+    @property
+    def bias(self) -> bool:
+        """Whether a learned vector is added."""
+        return self.shift is not None
+
+    def forward(self, hidden: Float[Tensor, "... width"]) -> Float[Tensor, "... width"]:
+        return nn.functional.layer_norm(hidden, (self.width,), self.weight, self.shift, self.epsilon)
+
+
+class RMSNorm(Part):
+    """`x / sqrt(mean(x²) + epsilon) * (offset + weight)` (Zhang and Sennrich, 2019).
+
+    offset: 1 where the stored weight is a difference from one, as in Gemma; the weight then starts at zero.
+    """
+
+    def __init__(self, width: int, epsilon: float = 1e-6, offset: float = 0.0):
+        super().__init__()
+        self.width, self.epsilon, self.offset = width, epsilon, offset
+        self.weight = nn.Parameter(torch.full((width,), 1.0 - offset))
+
+    def forward(self, hidden: Float[Tensor, "... width"]) -> Float[Tensor, "... width"]:
+        weight = self.weight + self.offset if self.offset else self.weight
+        return nn.functional.rms_norm(hidden, (self.width,), weight, self.epsilon)
