@@ -1,0 +1,123 @@
+"""The registry of decoding methods: a name, what it promises, and how to make it from its options."""
+
+import importlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from torch.nn import Module
+
+from formery.errors import FormeryError, unknown
+from formery.generate.draft import Drafter
+from formery.generate.settings import Settings
+from formery.generate.verify import Decoding, Event, draft_and_verify
+from formery.models import Model
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to decode.
+
+    lossless: greedy gives the very tokens of plain greedy, sampling the target's very distribution.
+    make: makes the decoding from the method's own options, which are its keyword parameters.
+    defaults: settings that it starts from. variants: option texts worth comparing ("form=plain").
+    paper: the slug of the paper it comes from, if it has one here.
+    """
+
+    name: str
+    summary: str
+    lossless: bool
+    make: Callable[..., Decoding]
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    variants: tuple[str, ...] = ()
+    paper: str | None = None
+
+    @property
+    def options(self) -> dict[str, inspect.Parameter]:
+        """The method's own options."""
+        return dict(inspect.signature(self.make).parameters)
+
+    @property
+    def needs_draft(self) -> bool:
+        """Whether it needs a second, smaller model."""
+        return "draft" in self.options
+
+
+METHODS: dict[str, Method] = {}
+
+
+def register(method: Method) -> Method:
+    """Makes a method known by its name."""
+    if METHODS.get(method.name, method).make is not method.make:
+        raise ValueError(f"two methods are named {method.name}")
+    METHODS[method.name] = method
+    return method
+
+
+def drafting(drafter: Callable[..., Drafter]) -> Callable[..., Decoding]:
+    """The decoding that a drafter makes of the shared loop; its options are the drafter's."""
+
+    def make(**options: Any) -> Decoding:
+        def decode(model: Model, prompts: Sequence[list[int]], settings: Settings, first: int) -> Iterator[list[Event]]:
+            return draft_and_verify(model, prompts, settings, first, drafter(**options))
+
+        drafter(**options)  # complains of bad options before any work
+        return decode
+
+    make.__signature__ = inspect.signature(drafter)  # type: ignore[attr-defined]
+    return make
+
+
+def find(text: str) -> tuple[Method, dict[str, Any]]:
+    """The method that `text` names, and the options behind the name: "parallel-jacobi-decoding:form=plain:block=3".
+
+    Raises FormeryError for a name or option that is not known.
+    """
+    name, *settings = text.split(":")
+    if name not in METHODS:
+        # Papers lie above this room and register here; they are fetched by name, when one is asked for.
+        importlib.import_module("formery.methods").discover()
+    if name not in METHODS:
+        raise unknown("method", name, METHODS)
+    options = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise FormeryError(f"in {text!r}, {setting!r} should read option=value.")
+        if key not in METHODS[name].options:
+            raise unknown(f"option of {name}", key, METHODS[name].options)
+        options[key] = _value(value)
+    return METHODS[name], options
+
+
+def _value(text: str) -> Any:
+    for convert in (int, float):
+        try:
+            return convert(text)
+        except ValueError:
+            continue
+    return {"true": True, "false": False, "none": None}.get(text.lower(), text)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if kind == Model:
+        return isinstance(value, Module)
+    if kind not in (bool, int, float, str):
+        return True
+    return isinstance(value, kind) or (kind is float and isinstance(value, int))
+
+
+def bound(method: Method, options: Mapping[str, Any]) -> Decoding:
+    """The decoding of `method` with these options; FormeryError where one is unknown, missing or unusable."""
+    for key in options:
+        if key not in method.options:
+            raise unknown(f"option of {method.name}", key, [*method.options, *Settings.__dataclass_fields__])
+    for key, parameter in method.options.items():
+        if parameter.default is inspect.Parameter.empty and options.get(key) is None:
+            raise FormeryError(f"{method.name} needs the option {key!r}.")
+        if key in options and not _fits(options[key], parameter.annotation):
+            kind = getattr(parameter.annotation, "__name__", "model")
+            raise FormeryError(f"the option {key!r} of {method.name} must be of kind {kind}, not {options[key]!r}.")
+    return partial(method.make, **options)()

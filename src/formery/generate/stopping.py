@@ -1,0 +1,67 @@
+"""When a text ends: an end token, a stop string, or the length asked for; and its text as it grows."""
+
+from collections.abc import Sequence
+
+from formery.errors import FormeryError
+from formery.generate.settings import Settings
+from formery.models import Model
+
+
+class Stopping:
+    """Follows one row; a character that is not whole yet is held back until it is."""
+
+    def __init__(self, model: Model, settings: Settings):
+        self.tokenizer, self.settings = model.tokenizer, settings
+        if self.tokenizer is None and settings.stop:
+            raise FormeryError("this model has no tokenizer, so it cannot stop at a string: give stop_tokens.")
+        end = None if self.tokenizer is None else self.tokenizer.eos
+        own: frozenset[int] = frozenset() if end is None else frozenset({end})
+        self.ends = own if settings.stop_tokens is None else settings.stop_tokens
+        self.given = ""
+
+    def take(self, output: Sequence[int], new: Sequence[int], room: int) -> tuple[list[int], str, str | None]:
+        """Which of the `new` tokens after `output` stand, the text that they add, and why the row ends, if it does."""
+        kept: list[int] = []
+        stop: str | None = None
+        for token in new:
+            if token in self.ends:
+                stop = "end"
+                break
+            kept.append(token)
+            if self.settings.stop and self._stopped([*output, *kept]) is not None:
+                stop = "stop"
+                break
+            if len(kept) >= room:
+                stop = "length"
+                break
+        return kept, self._text([*output, *kept], stop), stop
+
+    def whole(self, tokens: Sequence[int]) -> str:
+        """The text of tokens that end here."""
+        return "" if self.tokenizer is None else self.tokenizer.decode(tokens)
+
+    def _stopped(self, tokens: list[int]) -> int | None:
+        """Where the first stop string begins."""
+        if self.tokenizer is None:
+            return None
+        text = self.tokenizer.decode(tokens)
+        places = [place for one in self.settings.stop if (place := text.find(one)) >= 0]
+        return min(places, default=None)
+
+    def _text(self, tokens: list[int], stop: str | None) -> str:
+        if self.tokenizer is None:
+            return ""
+        text = self.tokenizer.decode(tokens)
+        if stop == "stop":
+            text = text[: self._stopped(tokens)]
+        elif stop is None:
+            text = text.rstrip("\ufffd")
+            held = max(
+                (n for one in self.settings.stop for n in range(1, len(one)) if text.endswith(one[:n])), default=0
+            )
+            text = text[: len(text) - held]
+        if not text.startswith(self.given):
+            return ""
+        new = text[len(self.given) :]
+        self.given = text
+        return new

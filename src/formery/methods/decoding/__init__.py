@@ -1,0 +1,1 @@
+"""Methods that decide how text is generated."""

@@ -1,0 +1,1 @@
+"""A cheap guess, checked by the model itself: draft and verify."""

@@ -1,0 +1,1 @@
+"""Many positions at once: decoding as the solution of a system of equations."""
