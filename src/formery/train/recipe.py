@@ -1,0 +1,55 @@
+"""Recipes: how each shipped model was trained, one short file each in `train/recipes/`, read top to bottom.
+
+A recipe's module defines `NAME`, `DESCRIPTION` and `run(out, max_steps, resume)`. It trains into the folder
+`out`; `max_steps` stops early on the recipe's own schedule: a short run is a prefix of the whole one.
+"""
+
+import importlib
+import pkgutil
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+from formery.errors import FormeryError, unknown
+from formery.models import Model
+from formery.train.loop import Result
+from formery.train.plan import Plan
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a recipe made: the model with its last weights, how the run ended, and the work that it is for.
+
+    steps: of the whole recipe. plans: of its stages. licence: of the text that it was trained on.
+    """
+
+    model: Model
+    result: Result
+    steps: int
+    plans: tuple[Plan, ...]
+    work: str
+    licence: str
+
+    @property
+    def finished(self) -> bool:
+        """Whether the whole recipe was run."""
+        return self.result.step >= self.steps
+
+
+def recipes() -> dict[str, ModuleType]:
+    """Every recipe's module by its NAME."""
+    package = importlib.import_module("formery.train.recipes")
+    names = sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+    modules = [importlib.import_module(f"{package.__name__}.{name}") for name in names]
+    return {module.NAME: module for module in modules}
+
+
+def run_recipe(name: str, out: str | Path, max_steps: int | None = None, resume: bool = False) -> Trained:
+    """Runs a recipe into `out`; raises FormeryError for an unknown name or a step limit below 1."""
+    known = recipes()
+    if name not in known:
+        raise unknown("recipe", name, known)
+    if max_steps is not None and max_steps < 1:
+        raise FormeryError(f"the number of steps must be at least 1, not {max_steps}.")
+    trained: Trained = known[name].run(Path(out), max_steps, resume)
+    return trained

@@ -1,0 +1,1 @@
+"""How each shipped model was trained; run one with `formery train NAME`."""
