@@ -1,0 +1,109 @@
+"""A finished training becomes a model to ship: its weights, and a card of what it is and what was measured."""
+
+import json
+import platform
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from formery.data.works import Example, Work
+from formery.data.works import work as work_named
+from formery.errors import FormeryError
+from formery.files import atomic_write
+from formery.generate import generate
+from formery.models import Model, load, save
+from formery.train import load_weights
+from formery.train.recipe import Trained, run_recipe
+
+Results = dict[str, float | str]
+EXAMPLES = 200  # of the test split, where a decoder continues them
+
+
+def train_and_ship(name: str, out: Path, max_steps: int | None, resume: bool) -> Path | None:
+    """Runs a recipe in `out` and, when it has come to its end, writes `out`/model; None where it stopped before."""
+    trained = run_recipe(name, out, max_steps, resume)
+    return ship(name, trained, out) if trained.finished else None
+
+
+def ship(name: str, trained: Trained, out: Path) -> Path:
+    """Writes the best weights in 16 bits, with tokenizer, loss curve and card, and gives the folder.
+
+    What the card reports is measured on the stored weights.
+    """
+    if trained.result.best_weights is None:
+        raise FormeryError(f"{out} has no evaluated weights to ship.")
+    load_weights(trained.model, trained.result.best_weights)
+    folder = out / "model"
+    save(trained.model, folder, torch.float16)
+    results = measured(trained, folder)
+    shutil.copyfile(out / "curve.png", folder / "curve.png")
+    with atomic_write(folder / "results.json") as path:
+        path.write_text(json.dumps(results, indent=1) + "\n")
+    with atomic_write(folder / "README.md") as path:
+        path.write_text(card(name, trained, results))
+    return folder
+
+
+def measured(trained: Trained, folder: Path) -> Results:
+    """What the work says of the stored model on its test split."""
+    model = load(folder)
+    work = work_named(trained.work)
+    assert model.tokenizer is not None
+    with torch.inference_mode():
+        results: Results = dict(work.evaluate(model, model.tokenizer, "test"))
+    if model.reads_apart:
+        examples = work.examples("test")
+        for method in ("greedy", "beam:beams=5"):
+            found = scores(model, work, examples, method)
+            results |= {f"{method}: {key}": value for key, value in found.items()}
+        return results
+    examples = work.examples("test", EXAMPLES)
+    found = scores(model, work, examples, "greedy")
+    return results | {f"greedy on {len(examples)} examples: {key}": value for key, value in found.items()}
+
+
+def scores(model: Model, work: Work[Any], examples: Sequence[Example], method: str) -> Results:
+    """The work's quality of a method's outputs."""
+    most = 96 if model.reads_apart else 48
+    prompts = [example.prompt for example in examples]
+    outputs = generate(model, prompts, method, batch=25, max_new_tokens=most)
+    quality: Results = work.quality([one.text for one in outputs], examples)
+    return quality
+
+
+def card(name: str, trained: Trained, results: Results) -> str:
+    """The model card, as Markdown."""
+    model, result, plans = trained.model, trained.result, trained.plans
+    work = work_named(trained.work)
+    seeds = " and ".join(str(plan.seed) for plan in plans)
+    versions = f"Python {platform.python_version()}, PyTorch {torch.__version__.split('+')[0]}"
+    best = ", ".join(f"{key} {value:.4g}" for key, value in result.best_scores.items())
+    facts = {
+        "Parameters": f"{model.parameter_count():,}, stored in 16 bits, computed in 32.",
+        "Takes": f"at most {model.max_length} tokens; vocabulary of {model.vocabulary:,} byte pairs.",
+        "Data": f"the train split of the work `{work.name}`. Licence of the text: {trained.licence}.",
+        "Recipe": f"`formery train {name}`: {trained.steps:,} steps in {plans[0].precision}, "
+        f"seed {seeds}, {result.seconds / 60:.0f} minutes; {versions}.",
+        "Kept": f"the weights of step {result.best_step:,}, the best on the validation split ({best}).",
+    }
+    lines = [
+        f"# {name}",
+        f"{work.description[0].upper()}{work.description[1:]}.",
+        "\n".join(f"- **{key}**: {value}" for key, value in facts.items()),
+        "## Results on the test split",
+        "\n".join(
+            ["| measure | value |", "|---|---|", *(f"| {k} | {shown(v)} |" for k, v in results.items())]
+        ),
+        "![Loss over the steps](curve.png)",
+        "## What it is made of",
+        "\n".join(f"    {line}" for line in str(model).splitlines()),
+    ]
+    return "\n\n".join(lines) + "\n"
+
+
+def shown(value: float | str) -> str:
+    """A result in a cell of a Markdown table."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "\\|")

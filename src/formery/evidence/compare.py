@@ -1,0 +1,173 @@
+"""Methods side by side on one work: what they write, how good that is, and how fast."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from formery.data.base import Example, Work
+from formery.data.works import work as work_named
+from formery.errors import FormeryError
+from formery.evidence.machine import machine
+from formery.evidence.measured import Progress, quiet
+from formery.evidence.race import Entrant, Laps, fitted, identical, race, speedups
+from formery.generate import Generation
+from formery.generate.method import find
+from formery.models import Model, load, shipped
+
+BASELINE = "greedy"
+
+
+@dataclass(frozen=True)
+class MethodRow:
+    """One method's figures.
+
+    lossless: what it promises. identical: the share of outputs with greedy's very tokens, as measured.
+    quality: the work's metrics, empty where there is nothing to compare with. tokens_per_second: median over
+    the rounds. calls_per_token: target calls that rows took part in, over the tokens decided. speedup: its
+    rate over greedy's in the same round, median; spread: smallest and largest. state_bytes: the largest
+    decode state. guarded: near ties that were decided apart.
+    """
+
+    method: str
+    lossless: bool
+    identical: float
+    quality: dict[str, float | str]
+    tokens_per_second: float
+    calls_per_token: float
+    speedup: float
+    state_bytes: int
+    spread: tuple[float, float]
+    accepted_per_call: float
+    guarded: int
+
+
+@dataclass(frozen=True)
+class Output:
+    """What each method wrote for one example."""
+
+    name: str
+    prompt: str
+    reference: str
+    generations: dict[str, Generation]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A table of methods, and the outputs it was made from.
+
+    settings: what all methods were given. shortened: how many prompts lost their beginning to fit the model.
+    """
+
+    work: str
+    model: str
+    machine: dict[str, Any]
+    rows: list[MethodRow]
+    outputs: list[Output]
+    settings: dict[str, Any]
+    shortened: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The table as plain data, without the outputs."""
+        return {
+            "work": self.work,
+            "model": self.model,
+            "machine": self.machine,
+            "rows": [asdict(row) for row in self.rows],
+            "settings": self.settings,
+            "shortened": self.shortened,
+        }
+
+
+def compare(
+    model: Model | str,
+    work: str | Work[Any] | Sequence[Example],
+    methods: Sequence[str],
+    draft: Model | str | None = None,
+    limit: int = 20,
+    batch: int = 1,
+    max_new_tokens: int = 64,
+    seed: int = 0,
+    rounds: int = 3,
+    progress: Progress = quiet,
+) -> Comparison:
+    """Runs greedy and `methods` on the test examples of a work, or on given examples, and measures.
+
+    methods: names, with options behind them where wanted ("speculative-sampling:length=8"). draft: for
+    methods that need one; by default the one that ships with a shipped model. seed: chooses the examples, and
+    draws the tokens. Raises FormeryError for an unknown name, a work of another kind of model, no examples,
+    or a missing draft.
+    """
+    for value, what in ((limit, "examples"), (batch, "prompts in a batch"), (rounds, "rounds")):
+        if value < 1:
+            raise FormeryError(f"a comparison needs at least 1 of its {what}, not {value}.")
+    label = model if isinstance(model, str) else _described(model)
+    names = list(dict.fromkeys([BASELINE, *methods]))
+    drafted = [name for name in names if find(name)[0].needs_draft]
+    known = work_named(work) if isinstance(work, str) else work if isinstance(work, Work) else None
+    model = load(model) if isinstance(model, str) else model
+    examples = _examples(model, known, work, limit, seed)
+    given = draft_for(label, draft, drafted[0]) if drafted else None
+
+    prompts, shortened = fitted(model, given, examples, max_new_tokens)
+    entrants = [Entrant(name, {"draft": given} if name in drafted else {}) for name in names]
+    settings = {"max_new_tokens": max_new_tokens, "seed": seed}
+    laps = race(model, prompts, entrants, rounds, batch, settings, progress)
+    runs = dict(zip(names, laps, strict=True))
+    return Comparison(
+        work="given prompts" if known is None else known.name,
+        model=label,
+        machine=machine(),
+        rows=[_row(name, run, laps[0], known, examples) for name, run in runs.items()],
+        outputs=[
+            Output(one.name, one.prompt, one.reference, {name: run.outputs[i] for name, run in runs.items()})
+            for i, one in enumerate(examples)
+        ],
+        settings={**settings, "examples": len(examples), "batch": batch, "rounds": rounds},
+        shortened=shortened,
+    )
+
+
+def draft_for(model: str, draft: Model | str | None, method: str) -> Model:
+    """The draft model: the given one, or the one that ships with the shipped model of that name."""
+    if draft is None:
+        draft = f"{model}-draft"
+        if draft not in shipped():
+            raise FormeryError(
+                f"{method} needs a smaller model to draft with, and none ships for {model}; "
+                "give one with the same tokenizer as the draft."
+            )
+    return load(draft) if isinstance(draft, str) else draft
+
+
+def _examples(model: Model, known: Work[Any] | None, given: Any, limit: int, seed: int) -> list[Example]:
+    examples = list(given)[:limit] if known is None else known.examples("test", limit=limit, seed=seed)
+    if not examples:
+        raise FormeryError("there are no prompts to compare methods on; give at least one.")
+    kind = "encoder-decoder" if model.reads_apart else "decoder"
+    if known is not None and known.kind != kind:
+        raise FormeryError(f"the work {known.name} is for a model that is a {known.kind}; this is a {kind}.")
+    return examples
+
+
+def _row(
+    name: str, laps: Laps, baseline: Laps, work: Work[Any] | None, examples: Sequence[Example]
+) -> MethodRow:
+    ratios = speedups(laps, baseline)
+    return MethodRow(
+        method=name,
+        lossless=find(name)[0].lossless,
+        identical=identical(laps.outputs, baseline.outputs),
+        quality={} if work is None else work.quality([one.text for one in laps.outputs], examples),
+        tokens_per_second=statistics.median(laps.rates()),
+        calls_per_token=laps.calls / laps.tokens,
+        speedup=statistics.median(ratios),
+        state_bytes=max(one.state_bytes for one in laps.outputs),
+        spread=(min(ratios), max(ratios)),
+        accepted_per_call=sum(one.accepted for one in laps.outputs) / laps.calls,
+        guarded=sum(one.guarded for one in laps.outputs),
+    )
+
+
+def _described(model: Model) -> str:
+    return f"{type(model).__name__} of {model.parameter_count() / 1e6:.2g} M parameters"

@@ -1,0 +1,105 @@
+"""The digest of the code that a record holds for, so that the record goes stale by itself.
+
+It covers the paper's module and every module of this package that it imports, directly or not, as far as the
+source says so; not the rooms that only measure, list or show (`APART`), and not the `__init__` of a package
+of which only an inner module is imported. What counts is the meaning of the source: comments, docstrings and
+layout don't.
+"""
+
+import ast
+import hashlib
+import importlib.util
+import sys
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+
+from formery.errors import FormeryError
+
+PACKAGE = "formery"
+ROOT = Path(__file__).parents[1]
+APART = ("formery.evidence", "formery.catalog", "formery.cli", "formery.web")
+
+
+def digest(module: str) -> str:
+    """sha256 over the names and the meaning of `module` and all that it imports of this package."""
+    lines = [f"{name} {_read(path)[0]}\n" for name, path in sorted(modules(module).items())]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def modules(module: str) -> dict[str, Path]:
+    """The module and those of this package that it imports, directly or not, with their files."""
+    found: dict[str, Path] = {}
+    waiting = [module]
+    while waiting:
+        name = waiting.pop()
+        path = source_of(name)
+        if name in found or path is None:
+            continue
+        found[name] = path
+        waiting += [one for one in _read(path)[1] if one not in found and not _apart(one)]
+    if not found:
+        raise FormeryError(f"the source of the module {module} is not here, so it has no digest.")
+    return found
+
+
+def source_of(module: str) -> Path | None:
+    """The file of a module: of this package without importing it, else of what is loaded or found."""
+    if module == PACKAGE or module.startswith(f"{PACKAGE}."):
+        base = ROOT.joinpath(*module.split(".")[1:])
+        places = (base.with_suffix(".py"), base / "__init__.py")
+        return next((path for path in places if path.is_file()), None)
+    file = getattr(sys.modules.get(module), "__file__", None)
+    if file is None:
+        spec = importlib.util.find_spec(module)
+        file = spec.origin if spec else None
+    return Path(file) if file else None
+
+
+def _apart(module: str) -> bool:
+    return any(module == room or module.startswith(f"{room}.") for room in APART)
+
+
+def _read(path: Path) -> tuple[str, tuple[str, ...]]:
+    return _parsed(path, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _parsed(path: Path, modified: int) -> tuple[str, tuple[str, ...]]:
+    """The digest of a file's meaning, and which modules of this package it imports, if there are such."""
+    tree = ast.parse(path.read_bytes())
+    return hashlib.sha256(meaning(tree).encode()).hexdigest(), tuple(dict.fromkeys(imported(tree)))
+
+
+def imported(tree: ast.AST) -> Iterator[str]:
+    """The names that could be modules of this package; what is imported only for its type is left out."""
+    if isinstance(tree, ast.If) and isinstance(tree.test, ast.Name) and tree.test.id == "TYPE_CHECKING":
+        return
+    if isinstance(tree, ast.Import):
+        yield from (one.name for one in tree.names if one.name.split(".")[0] == PACKAGE)
+    elif isinstance(tree, ast.ImportFrom):
+        if tree.module and tree.module.split(".")[0] == PACKAGE:
+            yield tree.module
+            yield from (f"{tree.module}.{one.name}" for one in tree.names)
+    else:
+        for child in ast.iter_child_nodes(tree):
+            if isinstance(child, ast.stmt | ast.ExceptHandler | ast.match_case):
+                yield from imported(child)
+
+
+def meaning(node: object) -> str:
+    """The source as a text of its syntax, bare strings left out; the same in all versions of Python."""
+    if isinstance(node, ast.AST):
+        fields = ((name, getattr(node, name, None)) for name in node._fields if name not in ("ctx", "kind"))
+        # Later versions of Python add fields, which are empty for older syntax.
+        inner = (f"{name}={meaning(value)}" for name, value in fields if value is not None and value != [])
+        return f"{type(node).__name__}({','.join(inner)})"
+    if isinstance(node, list):
+        return f"[{','.join(meaning(one) for one in node if not _bare_string(one))}]"
+    return repr(node)
+
+
+def _bare_string(node: object) -> bool:
+    if not isinstance(node, ast.Expr) or not isinstance(node.value, ast.Constant):
+        return False
+    return isinstance(node.value.value, str)
