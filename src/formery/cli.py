@@ -1,0 +1,320 @@
+"""The command line: it reads what is asked for, has the rooms below do it, and prints what they give."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from formery.errors import FormeryError
+from formery.web.output import check_targets, note, write_json
+
+app = typer.Typer(
+    name="formery",
+    help="The Transformer literature, running: find a method, run it, see whether its claim holds.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+data_app = typer.Typer(help="List and fetch the data that works use.")
+app.add_typer(data_app, name="data")
+
+INTERRUPTED = 130
+Model = Annotated[str | None, typer.Option("--model", metavar="NAME|DIR", help="A shipped model or a folder.")]
+Draft = Annotated[
+    str | None,
+    typer.Option("--draft", metavar="NAME|DIR", help="A smaller model of the same vocabulary. [default: MODEL-draft]"),
+]
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", metavar="N", help="At most so many new tokens.")]
+Seed = Annotated[int, typer.Option("--seed", metavar="S", help="Of all that is drawn.")]
+Json = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write the result there; - is stdout.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Input = Annotated[
+    str | None,
+    typer.Option(
+        "--input",
+        metavar="FILE",
+        help="Your own prompts: .jsonl has an object with a prompt a line; any other text is one prompt, "
+        "for a translator one a line; compare cuts a .py file within its functions; - is stdin.",
+    ),
+]
+
+
+@app.callback(invoke_without_command=True)
+def formery(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        from formery import __version__
+
+        print(__version__)
+    elif context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command()
+def compare(
+    work: Annotated[str, typer.Argument(metavar="WORK", help="What to run on: code, translate, ...")] = "code",
+    model: Model = None,
+    draft: Draft = None,
+    methods: Annotated[
+        str | None,
+        typer.Option("--methods", metavar="A,B", help="Such as beam,aggressive-decoding:length=4. [default: all]"),
+    ] = None,
+    input: Input = None,
+    limit: Annotated[int, typer.Option("--limit", metavar="N", help="At most so many examples.")] = 20,
+    batch: Annotated[int, typer.Option("--batch", metavar="B", help="Prompts decoded together.")] = 1,
+    max_new_tokens: MaxNewTokens = 64,
+    seed: Seed = 0,
+    json_file: Json = None,
+    html: Annotated[str | None, typer.Option("--html", metavar="FILE", help="Write a report there.")] = None,
+) -> None:
+    """Run decoding methods side by side.
+
+    What each costs and saves, and whether its output is greedy's: a table, and a report with --html.
+    """
+    check_targets(json_file, html)
+    from formery.data.prompts import read_prompts
+    from formery.data.works import work as work_named
+    from formery.evidence.compare import compare as run
+    from formery.methods import discover
+    from formery.models import load
+    from formery.web.progress import Steps
+    from formery.web.table import comparison_table, console
+
+    discover()
+    named = work_named(work).name
+    chosen = load(model or named)
+    given = None if input is None else read_prompts(input, lines=chosen.reads_apart, cut=True)
+    names, left_out = every_method(model or named, draft) if methods is None else (split(methods), [])
+    with Steps("comparing") as progress:
+        comparison = run(
+            model or named, named if given is None else given, names, draft=draft, limit=limit,
+            batch=batch, max_new_tokens=max_new_tokens, seed=seed, progress=progress,
+        )  # fmt: skip
+    console(stderr=json_file == "-").print(comparison_table(comparison))
+    if left_out:
+        note(f"without {', '.join(left_out)}: no draft model ships for {model or named}; name one with --draft.")
+    if json_file is not None:
+        write_json(comparison.to_json(), json_file)
+    if html is not None:
+        from formery.web.report import write_report
+
+        write_report(comparison, html, chosen.tokenizer, shlex.join(["formery", *sys.argv[1:]]))
+        note(f"report: {html}")
+
+
+@app.command()
+def generate(
+    prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT", help="Texts to go on with.")] = None,
+    model: Model = "code",
+    method: Annotated[
+        str | None,
+        typer.Option("--method", metavar="NAME", help="[default: greedy, sampling above temperature 0]"),
+    ] = None,
+    draft: Draft = None,
+    max_new_tokens: MaxNewTokens = 64,
+    temperature: Annotated[float | None, typer.Option(metavar="T", help="0 is greedy. [default: the method's]")] = None,
+    top_k: Annotated[int | None, typer.Option(metavar="K", help="Draw from the K likeliest.")] = None,
+    top_p: Annotated[float | None, typer.Option(metavar="P", help="Draw from the likeliest with together P.")] = None,
+    min_p: Annotated[
+        float | None, typer.Option(metavar="P", help="Draw from those with P times the likeliest's.")
+    ] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(metavar="R", help="Above 1: repeat less.")] = None,
+    seed: Seed = 0,
+    input: Input = None,
+    json_file: Json = None,
+    picture: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Draw which call settled which token (png, svg, pdf); of one prompt."),
+    ] = None,
+) -> None:
+    """Go on with prompts, or translate them.
+
+    The text comes as it is written; what it took goes to stderr.
+    """
+    check_targets(json_file, picture)
+    if picture is not None and Path(picture).suffix not in (".png", ".svg", ".pdf"):
+        raise FormeryError(f"{picture} should end in .png, .svg or .pdf: the ending chooses the kind of picture.")
+    from formery.data.prompts import read_prompts
+    from formery.generate.method import find
+    from formery.generate.run import events
+    from formery.methods import discover
+    from formery.models import load
+    from formery.web.streaming import follow
+
+    discover()
+    method = method or ("sampling" if temperature else "greedy")
+    needs_draft = find(method)[0].needs_draft
+    loaded = load(str(model))
+    texts = list(prompts or [])
+    if input is not None:
+        texts += [one.prompt for one in read_prompts(input, lines=loaded.reads_apart)]
+    if not texts:
+        raise FormeryError("there is no prompt: give one, or a file of them with --input.")
+    if picture is not None and len(texts) > 1:
+        raise FormeryError(f"--picture draws one text, and there are {len(texts)} prompts; give one.")
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seed": seed}
+    settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    settings["repetition_penalty"] = repetition_penalty
+    options |= {name: value for name, value in settings.items() if value is not None}
+    if needs_draft or draft is not None:
+        from formery.evidence.compare import draft_for
+
+        options["draft"] = draft_for(str(model), draft, method)
+    results = follow(
+        events(loaded, texts, method, 1, options),
+        texts,
+        titles=not loaded.reads_apart,
+        shown=json_file != "-",
+    )
+    if json_file is not None:
+        keys = ("prompt", "text", "tokens", "calls", "drafted", "accepted", "stop")
+        write_json([{key: getattr(result, key) for key in keys} for result in results], json_file)
+    if picture is not None:
+        from formery.web.picture import save_dependency_graph
+
+        save_dependency_graph(results[0], Path(picture), loaded.tokenizer)
+
+
+@app.command()
+def papers(
+    query: Annotated[list[str] | None, typer.Argument(metavar="QUERY", help="Words to look for.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the papers, or what a query finds.
+
+    With a query the best match comes first.
+    """
+    from formery import catalog
+
+    words = " ".join(query or [])
+    entries = catalog.search(words) if words.strip() else catalog.papers()
+    if as_json:
+        write_json([entry.to_json() for entry in entries], "-")
+        return
+    from formery.web.cards import paper_list
+    from formery.web.table import console
+
+    if not entries:
+        raise FormeryError(f"no paper here has to do with {words!r}; `formery papers` lists them all.")
+    console().print(paper_list(entries))
+
+
+@app.command()
+def show(slug: str, as_json: AsJson = False) -> None:
+    """Show a paper, its evidence, how to run it."""
+    from formery.catalog import entry
+    from formery.web.cards import card, card_json
+
+    found = entry(slug)
+    if as_json:
+        write_json(card_json(found), "-")
+        return
+    from formery.web.table import console
+
+    console().print(card(found))
+
+
+@app.command()
+def verify(slug: str, as_json: AsJson = False) -> None:
+    """Run a paper's check and write its record.
+
+    The record goes to evidence/SLUG.json; a check that was stopped goes on where it was.
+    """
+    from formery.evidence.verify import verify as run
+    from formery.methods import discover
+    from formery.web.progress import Steps
+
+    discover()
+    with Steps(f"verifying {slug}") as progress:
+        record = run(slug, progress=progress)
+    if as_json:
+        write_json(record.to_json(), "-")
+        return
+    from formery.web.cards import evidence
+    from formery.web.table import console
+
+    console().print(evidence(record))
+
+
+@app.command()
+def train(
+    recipe: Annotated[str | None, typer.Argument(metavar="RECIPE", help="What to train; see --list.")] = None,
+    list_them: Annotated[bool, typer.Option("--list", help="List the recipes.")] = False,
+    max_steps: Annotated[int | None, typer.Option("--max-steps", metavar="N", help="Stop after N steps.")] = None,
+    out: Annotated[str | None, typer.Option("--out", metavar="DIR", help="[default: runs/RECIPE]")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in DIR.")] = False,
+) -> None:
+    """Train a model that ships, by its recipe.
+
+    Ctrl-C keeps a checkpoint, from which --resume goes on.
+    """
+    from formery.train.recipe import recipes
+
+    if list_them:
+        from formery.web.table import console, listing
+
+        console().print(listing(("recipe", "what it trains"), [(k, v.DESCRIPTION) for k, v in recipes().items()]))
+        return
+    if recipe is None:
+        raise FormeryError(f"name a recipe: {', '.join(recipes())}.")
+    from formery.evidence.card import train_and_ship
+
+    folder = Path(out or f"runs/{recipe}")
+    try:
+        shipped = train_and_ship(recipe, folder, max_steps, resume)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)  # the loop has said where it stopped
+    note(f"the model is in {shipped}." if shipped else f"stopped early, as asked; --resume goes on in {folder}.")
+
+
+@data_app.command("list")
+def data_list() -> None:
+    """List the datasets: licence, where they are from, and whether they are here."""
+    from formery.data.sources import DATASETS, find
+    from formery.web.table import console, listing
+
+    def here(name: str) -> str:
+        try:
+            for file in DATASETS[name].files:
+                find(f"{DATASETS[name].folder}/{file.removesuffix('.gz')}")
+        except FormeryError:
+            return "no"
+        return "yes"
+
+    rows = [(name, here(name), f"{one.licence}\n{one.home}") for name, one in DATASETS.items()]
+    console().print(listing(("dataset", "here", "licence, and where it is from"), rows))
+
+
+@data_app.command("get")
+def data_get(
+    name: str,
+    base_url: Annotated[str | None, typer.Option("--base-url", metavar="URL", help="A mirror to fetch from.")] = None,
+) -> None:
+    """Fetch a dataset from the people who publish it, with checksums."""
+    from formery.data.sources import get
+
+    for path in get(name, base_url, tell=note):
+        print(path)
+
+
+def every_method(model: str, draft: str | None) -> tuple[list[str], list[str]]:
+    """All methods and the variants worth comparing; apart, those that lack a model to draft with."""
+    from formery.generate import METHODS
+    from formery.models import shipped
+
+    drafts = draft is not None or f"{model}-draft" in shipped()
+    chosen = [method for method in METHODS.values() if drafts or not method.needs_draft]
+    names = [name for one in chosen for name in (one.name, *(f"{one.name}:{each}" for each in one.variants))]
+    return names, [method.name for method in METHODS.values() if method not in chosen]
+
+
+def split(methods: str) -> list[str]:
+    """The names between the commas."""
+    names = [name.strip() for name in methods.split(",") if name.strip()]
+    if not names:
+        raise FormeryError("--methods names no method.")
+    return names

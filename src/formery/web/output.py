@@ -1,0 +1,37 @@
+"""Where results go: files that are whole or not there, stdout, and a word to the person on stderr."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from formery.errors import FormeryError
+from formery.files import atomic_write
+
+
+def note(sentence: str) -> None:
+    """A line for the person, beside what the program gives."""
+    print(sentence, file=sys.stderr, flush=True)
+
+
+def check_targets(*paths: str | None) -> None:
+    """Raises FormeryError, before any work is done, where a result could not be written."""
+    for path in paths:
+        if path is None or path == "-":
+            continue
+        if Path(path).is_dir():
+            raise FormeryError(f"cannot write {path}: it is a folder; name a file.")
+        folder = next(one for one in Path(path).absolute().parents if one.exists())
+        if not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise FormeryError(f"cannot write {path}: {folder} does not take new files.")
+
+
+def write_json(data: Any, path: str) -> None:
+    """Writes to a file, whole or not at all, or to stdout for "-"."""
+    text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+    if path == "-":
+        sys.stdout.write(text)
+        return
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
