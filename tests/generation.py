@@ -38,10 +38,7 @@ from formery.parts.state import Slots
 
 discover()
 
-TEXT = (
-    "the cat sat on the mat and the dog sat on the log; żółta łódź 猫が座る 🐈🐕 then the cat sat on the dog. "
-    * 4
-)
+TEXT = "the cat sat on the mat and the dog sat on the log; żółta łódź 猫が座る 🐈🐕 then the cat sat on the dog. " * 4
 KINDS = ("rotary", "learned", "alibi", "window", "translator")
 
 
@@ -75,9 +72,7 @@ def decoder(
     return Decoder(embedding, stack, RMSNorm(width), Output(width, vocabulary), max_length)
 
 
-def translator(
-    vocabulary: int = 97, width: int = 32, max_length: int | None = None, start: int = 1
-) -> EncoderDecoder:
+def translator(vocabulary: int = 97, width: int = 32, max_length: int | None = None, start: int = 1) -> EncoderDecoder:
     """An encoder-decoder of random weights, with LayerNorm and plain feed-forwards."""
 
     def layer(*inner: Part) -> Layer:
@@ -97,9 +92,7 @@ def translator(
     )
 
 
-def model(
-    kind: str, seed: int = 0, vocabulary: int = 97, max_length: int | None = None
-) -> Decoder | EncoderDecoder:
+def model(kind: str, seed: int = 0, vocabulary: int = 97, max_length: int | None = None) -> Decoder | EncoderDecoder:
     """A random model of that kind, always the same for the same arguments."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -157,9 +150,7 @@ class Told(nn.Module):
 
     reads_apart = False
 
-    def __init__(
-        self, vocabulary: int, says: Callable[[tuple[int, ...]], Tensor], max_length: int | None = None
-    ):
+    def __init__(self, vocabulary: int, says: Callable[[tuple[int, ...]], Tensor], max_length: int | None = None):
         super().__init__()
         self.vocabulary, self.says, self.max_length = vocabulary, says, max_length
         self.tokenizer: Tokenizer | None = None
@@ -207,17 +198,13 @@ def recital(text: Sequence[int], vocabulary: int, prompt: int = 1) -> Told:
 
     def says(read: tuple[int, ...]) -> Tensor:
         at = len(read) - prompt
-        return nn.functional.one_hot(
-            torch.tensor(text[at] if 0 <= at < len(text) else 0), vocabulary
-        ).double()
+        return nn.functional.one_hot(torch.tensor(text[at] if 0 <= at < len(text) else 0), vocabulary).double()
 
     return Told(vocabulary, says)
 
 
 @torch.inference_mode()
-def from_scratch(
-    model: Decoder | EncoderDecoder, prompt: list[int], settings: Settings
-) -> tuple[list[int], str]:
+def from_scratch(model: Decoder | EncoderDecoder, prompt: list[int], settings: Settings) -> tuple[list[int], str]:
     """The plain meaning of greedy decoding, no state, no loop of ours: (tokens, why it stopped)."""
     apart = model.reads_apart
     start = [model.start_token] if apart else list(prompt)
@@ -233,14 +220,9 @@ def from_scratch(
         if token in ends:
             return tokens, "end"
         tokens.append(token)
-        if model.tokenizer is not None and any(
-            one in model.tokenizer.decode(tokens) for one in settings.stop
-        ):
+        if model.tokenizer is not None and any(one in model.tokenizer.decode(tokens) for one in settings.stop):
             return tokens, "stop"
-        if (
-            len(tokens) == settings.max_new_tokens
-            or len(start) + len(tokens) == (model.max_length or 10**9) + 1
-        ):
+        if len(tokens) == settings.max_new_tokens or len(start) + len(tokens) == (model.max_length or 10**9) + 1:
             return tokens, "length"
 
 

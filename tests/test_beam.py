@@ -28,9 +28,7 @@ def test_with_enough_beams_it_finds_the_best_text_there_is(seed: int, penalty: f
     for length in range(longest + 1):
         for text in itertools.product(range(3), repeat=length):
             whole = (*text, end) if length < longest else text
-            total = sum(
-                float(target.says((0, *whole[:i])).log_softmax(-1)[token]) for i, token in enumerate(whole)
-            )
+            total = sum(float(target.says((0, *whole[:i])).log_softmax(-1)[token]) for i, token in enumerate(whole))
             scores[text] = total / len(whole) ** penalty
     best = max(scores, key=lambda text: scores[text])
     found = generate(  # type: ignore[arg-type]
@@ -48,9 +46,7 @@ def test_it_is_the_beam_search_of_transformers(seed: int, ends: list[int]) -> No
     stops = set()
     for beams, penalty in ((2, 0.0), (2, 1.0), (4, 0.7), (4, 1.0), (5, 1.6)):
         given = {"max_new_tokens": 14, "length_penalty": penalty}
-        answers = theirs.generate(
-            **padded_left(prompts), num_beams=beams, do_sample=False, eos_token_id=ends, **given
-        )
+        answers = theirs.generate(**padded_left(prompts), num_beams=beams, do_sample=False, eos_token_id=ends, **given)
         wanted = [until_end(tokens, ends) for tokens in answers[:, 5:].tolist()]
         found = generate(ours, prompts, "beam", beams=beams, stop_tokens=ends, **given)
         assert [one.tokens for one in found] == wanted

@@ -1,5 +1,7 @@
 """Drafters: what they guess, and that a guess never depends on a row's neighbours."""
 
+import itertools
+
 import pytest
 import torch
 from generation import from_scratch, model, noisy
@@ -46,9 +48,7 @@ def test_a_text_read_apart_is_first_proposed_whole() -> None:
     assert copied([5, 6, 3, 6, 5], [6], apart=True) == []
 
 
-@given(
-    st.lists(st.integers(0, 3), min_size=1, max_size=40), st.integers(1, 3), st.integers(0, 2), st.booleans()
-)
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.integers(1, 3), st.integers(0, 2), st.booleans())
 def test_places_are_those_of_a_search(tokens: list[int], shortest: int, more: int, unique: bool) -> None:
     longest = shortest + more
     places = Places(shortest, longest, tokens[:1], apart=False)
@@ -56,11 +56,7 @@ def test_places_are_those_of_a_search(tokens: list[int], shortest: int, more: in
         places.extend([token])
     wanted: list[int] = []
     for size in range(longest, shortest - 1, -1):
-        ends = [
-            end
-            for end in range(size, len(tokens))
-            if tokens[end - size : end] == tokens[len(tokens) - size :]
-        ]
+        ends = [end for end in range(size, len(tokens)) if tokens[end - size : end] == tokens[len(tokens) - size :]]
         if len(tokens) >= size and ends and not (unique and len(ends) > 1):
             wanted = tokens[ends[-1] : ends[-1] + 5]
             break
@@ -94,12 +90,14 @@ def test_jacobi_blocks_end_where_they_should() -> None:
 
 
 @torch.inference_mode()
-def test_jacobi_guesses_are_the_last_iterate() -> None:
+@pytest.mark.parametrize("kind", ["rotary", "learned", "alibi", "window"])
+def test_jacobi_guesses_are_the_last_iterate(kind: str) -> None:
     """By hand: the next guess at each open place is the target's choice after the guesses before it."""
-    target = model("rotary")
-    found = generate(target, [[9, 10]], "parallel-jacobi-decoding:form=plain", max_new_tokens=8)[0]
-    text = [9, 10]
-    for event, after in zip(found.trace, found.trace[1:], strict=False):
+    target, prompt = model(kind), [5, 6, 7]
+    found = generate(target, [prompt], "parallel-jacobi-decoding:form=plain", max_new_tokens=8)[0]
+    assert found.calls > 2
+    text = list(prompt)
+    for event, after in itertools.pairwise(found.trace):
         choices = target(torch.tensor([[*text, *event.drafted]]))[0, len(text) - 1 :].argmax(-1).tolist()
         assert event.emitted == choices[: event.accepted + 1]
         assert after.drafted == choices[event.accepted + 1 :][: len(after.drafted)]
@@ -133,7 +131,7 @@ def test_a_short_draft_model_drafts_until_it_is_full() -> None:
     """Its last token is written from its last position; rows that are longer do not keep others from drafting."""
     target, draft = model("learned", max_length=40), model("learned", max_length=12)
     prompts = [[5, 6], list(range(20, 31)), list(range(30, 42))]
-    found = generate(target, prompts, "speculative-sampling", draft=draft, max_new_tokens=20)
+    found = generate(target, prompts, "speculative-sampling", draft=draft, length=4, max_new_tokens=20)
     for one in found:
         assert one.tokens == from_scratch(target, one.prompt, Settings(max_new_tokens=20))[0]
         at = len(one.prompt)
@@ -141,7 +139,7 @@ def test_a_short_draft_model_drafts_until_it_is_full() -> None:
             assert len(event.drafted) == max(0, min(4, 13 - at, len(one.prompt) + 20 - at - 1))
             at += len(event.emitted)
     alone = [
-        generate(target, [one], "speculative-sampling", draft=draft, max_new_tokens=20)[0] for one in prompts
+        generate(target, [one], "speculative-sampling", draft=draft, length=4, max_new_tokens=20)[0] for one in prompts
     ]
     assert [one.trace and [e.drafted for e in one.trace] for one in found] == [
         [e.drafted for e in one.trace] for one in alone

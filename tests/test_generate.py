@@ -35,9 +35,7 @@ def test_greedy_is_that_of_transformers(penalty: float) -> None:
     prompts = [[5, 7, 9], [4], [11, 3, 8, 6, 5], list(range(20, 40)), [12, 12]]
     given = {"max_new_tokens": 32, "repetition_penalty": penalty}
     if penalty != 1.0:  # transformers counts the padding of a batch as a token that was read
-        answers = [
-            theirs.generate(torch.tensor([one]), do_sample=False, **given)[0, len(one) :] for one in prompts
-        ]
+        answers = [theirs.generate(torch.tensor([one]), do_sample=False, **given)[0, len(one) :] for one in prompts]
     else:
         answers = list(theirs.generate(**padded_left(prompts), do_sample=False, **given)[:, 20:])
     wanted = [until_end(one.tolist()) for one in answers]
@@ -62,9 +60,7 @@ def texts_of(target: Any, prompt: list[int], **options: Any) -> tuple[str, list[
     stop=st.lists(st.text(st.sampled_from("theca t猫🐈."), min_size=1, max_size=4), max_size=2),
     length=st.integers(1, 6),
 )
-def test_what_is_streamed_is_the_text_and_never_half_a_character(
-    text: str, stop: list[str], length: int
-) -> None:
+def test_what_is_streamed_is_the_text_and_never_half_a_character(text: str, stop: list[str], length: int) -> None:
     tokenizer = small_tokenizer()
     tokens = tokenizer.encode(text)
     target = recital([*tokens, tokenizer.eos or 0], tokenizer.vocabulary_size)
@@ -123,9 +119,7 @@ def test_a_text_read_apart_ends_with_the_end_token() -> None:
     target.tokenizer = tokenizer
     tokens = [*tokenizer.encode("the cat"), tokenizer.eos]
     found = generate(target, ["the cat"], max_new_tokens=8)[0]
-    wanted = from_scratch(
-        target, tokens, Settings(max_new_tokens=8, stop_tokens=frozenset([tokenizer.eos or 0]))
-    )
+    wanted = from_scratch(target, tokens, Settings(max_new_tokens=8, stop_tokens=frozenset([tokenizer.eos or 0])))
     assert (found.tokens, found.stop) == wanted
 
 

@@ -66,9 +66,7 @@ def test_near_ties_flip_without_the_guard_and_never_with_it(kind: str, differenc
     for drafter, batch in ways(target):
         flipped += decoded(target, drafter, batch, guard=False)[0] != free
         assert decoded(target, drafter, batch, guard=True)[0] == plain
-    assert difference == 0 or flipped > 0, (
-        "these models no longer have ties that flip: the test above shows nothing"
-    )
+    assert difference == 0 or flipped > 0, "these models no longer have ties that flip: the test above shows nothing"
 
 
 def test_ties_are_decided_alike_under_a_repetition_penalty() -> None:
@@ -149,7 +147,6 @@ def test_the_rounding_bound_is_one(kind: str, dtype: torch.dtype, scale: float) 
     if not target.reads_apart:
         texts = [(text, text) for _, text in texts]
     worst = max(
-        deviation(target, texts[:rows], width, rows)
-        for width, rows in ((1, 1), (1, 16), (3, 5), (8, 1), (16, 16))
+        deviation(target, texts[:rows], width, rows) for width, rows in ((1, 1), (1, 16), (3, 5), (8, 1), (16, 16))
     )
     assert 0 < worst < 0.5

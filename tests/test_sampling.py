@@ -61,9 +61,7 @@ def test_probabilities_are_those_of_transformers(
     scores = torch.tensor(logits, dtype=torch.float64) / 3
     if distinct:
         scores += torch.arange(len(scores)) * 1e-3
-    asked = Settings(
-        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=penalty
-    )
+    asked = Settings(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=penalty)
     found = probabilities(scores, sorted(history), asked)
     read = torch.tensor([sorted(history)], dtype=torch.long)
     wanted = scores[None]
@@ -199,9 +197,7 @@ def test_every_short_text_has_the_targets_probability(
     for text, chance in branches.run(once):
         found[text] += chance  # type: ignore[assignment]
         ways += 1
-    if transform == {
-        "temperature": 1.0
-    }:  # a named token leads to each text in one way, a drawn one in several
+    if transform == {"temperature": 1.0}:  # a named token leads to each text in one way, a drawn one in several
         assert ways == 4**3 if drafter == "named" else ways > 3 * 3**3
     wanted: dict[tuple[int, ...], float] = {(): 1.0}
     for _ in range(3):
@@ -244,13 +240,9 @@ def unlikely(rule: Any, rows: int = 4000) -> float:
 def p_value(counts: Counter[tuple[int, ...]], prompt: list[int], asked: Settings) -> float:
     """Of these counts of texts of 2 tokens, if they came from the target."""
     target, rows = model("rotary", vocabulary=6), counts.total()
-    after = [
-        target(torch.tensor([[*prompt, *text]]))[0, -1].detach() for text in ([], *([a] for a in range(6)))
-    ]
+    after = [target(torch.tensor([[*prompt, *text]]))[0, -1].detach() for text in ([], *([a] for a in range(6)))]
     first, *second = [probabilities(logits, [], asked) for logits in after]
-    wanted = numpy.array(
-        [[rows * float(first[a] * second[a][b]) for b in range(6)] for a in range(6)]
-    ).flatten()
+    wanted = numpy.array([[rows * float(first[a] * second[a][b]) for b in range(6)] for a in range(6)]).flatten()
     seen = numpy.array([counts[a, b] for a in range(6) for b in range(6)])
     rare = wanted < 5  # too few to be tested one by one
     if rare.any():
@@ -318,9 +310,7 @@ def test_rows_of_equal_prompts_draw_differently() -> None:
 
 def test_a_draft_drawn_from_the_target_itself_always_stands() -> None:
     target = model("rotary")
-    found = generate(
-        target, [[5, 6], [7]], "speculative-sampling", draft=target, temperature=1.0, max_new_tokens=20
-    )
+    found = generate(target, [[5, 6], [7]], "speculative-sampling", draft=target, temperature=1.0, max_new_tokens=20)
     assert all(one.accepted == one.drafted > 0 for one in found)
 
 

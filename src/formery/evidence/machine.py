@@ -1,6 +1,5 @@
 """What a measurement ran on: facts that explain a number, none that name the machine or its owner."""
 
-import importlib.metadata
 import os
 import platform
 import re
@@ -9,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from formery import __version__
 
 GIBIBYTE = 2**30
 
@@ -20,11 +21,7 @@ def machine() -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Of Python, torch and this package."""
-    try:
-        own = importlib.metadata.version("formery")
-    except importlib.metadata.PackageNotFoundError:
-        own = "not installed"
-    return {"python": platform.python_version(), "torch": str(torch.__version__), "formery": own}
+    return {"python": platform.python_version(), "torch": str(torch.__version__), "formery": __version__}
 
 
 @cache
@@ -35,7 +32,7 @@ def _fixed() -> dict[str, Any]:
         "architecture": platform.machine(),
         "cores": usable or 1,
         "memory_gib": _memory(),
-        "system": f"{platform.system()} {platform.release()}",
+        "system": f"{platform.system()} {'.'.join(platform.release().split('.')[:2])}",
     }
 
 

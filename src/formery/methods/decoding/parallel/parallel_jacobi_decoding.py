@@ -114,6 +114,7 @@ def check(budget: Budget) -> Measured:
             ratios,
             ">",
             1.0,
+            essential=True,
         ),
         criterion(
             "factor",
