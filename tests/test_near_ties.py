@@ -12,6 +12,7 @@ from formery.generate.drafters import CopyDrafter, ModelDrafter
 from formery.generate.target import canonical, feed, rounding_bound
 from formery.methods.decoding.parallel.parallel_jacobi_decoding import JacobiDrafter
 from formery.models import Decoder, EncoderDecoder
+from formery.parts import Packing
 
 Model = Decoder | EncoderDecoder
 PROMPTS = [[row + 2, row + 5, 3 * row + 1][: 1 + row % 3] for row in range(16)]
@@ -104,14 +105,17 @@ def test_a_penalty_does_not_hide_how_large_the_logits_were() -> None:
 def deviation(target: Model, texts: Sequence[tuple[list[int], list[int]]], width: int, batch: int) -> float:
     """The largest difference between logits of this way of computing and the canonical ones, in rounding bounds."""
     worst = 0.0
+    packing = Packing()
     for first in range(0, len(texts), batch):
         part = texts[first : first + batch]
-        state, _ = target.begin([prompt for prompt, _ in part], 8)
+        with packing:
+            state, _ = target.begin([prompt for prompt, _ in part], 8)
         found: list[list[Tensor]] = [[] for _ in part]
         for at in range(0, max(len(text) for _, text in part), width):
             rows = [text[at : at + width] for _, text in part]
             before = state.lengths
-            logits = feed(target, state, rows)
+            with packing:
+                logits = feed(target, state, rows)
             state.rollback([old + len(row) for old, row in zip(before, rows, strict=True)])
             for row, tokens in enumerate(rows):
                 found[row] += logits[row, : len(tokens)]
