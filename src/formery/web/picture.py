@@ -5,6 +5,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 
 from formery.data.tokenizer import Tokenizer
 from formery.files import atomic_write
@@ -48,6 +49,8 @@ def dependency_graph(generation: Generation, tokenizer: Tokenizer | None = None)
         ylabel="target call",
         title=f"{len(generation.tokens)} tokens in {generation.calls} calls",
     )
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
     axes.spines[["top", "right"]].set_visible(False)
     handles = [Rectangle((0, 0), 1, 1, color=colour, label=kind) for kind, colour in COLOURS.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=8)

@@ -136,7 +136,11 @@ def check(budget: Budget) -> Measured:
         rows(results),
         baseline="greedy decoding, token by token",
         models=PAPER.works,
-        notes=["On a few cores a call costs more the more positions it has: less time is saved than calls."],
+        notes=[
+            "On a few cores a call costs more the more positions it has: less time is saved than calls.",
+            "These models know relative positions alone: a row of equal guesses gives a row of equal tokens, so that "
+            "guesses settle hardly sooner than token by token. Models with absolute positions may do better.",
+        ],
     )
 
 
