@@ -510,3 +510,11 @@ def test_a_reader_that_leaves_ends_it_quietly(tmp_path: Path) -> None:
     assert running.wait(timeout=600) == 1
     assert running.stderr.read() == ""
     running.stderr.close()
+
+
+def test_what_cannot_be_meant_is_refused(refused: Callable[..., str], tmp_path: Path) -> None:
+    assert "no model ships for the work write" in refused("compare", "write")
+    assert "greedy takes no draft model" in refused("generate", "--draft", "code-draft", "x = 1")
+    nowhere = tmp_path / "mistyped"
+    assert "nothing to resume" in refused("train", "code", "--resume", "--out", nowhere)
+    assert not nowhere.exists()

@@ -80,12 +80,16 @@ def compare(
     from formery.data.works import work as work_named
     from formery.evidence.compare import compare as run
     from formery.methods import discover
-    from formery.models import load
+    from formery.models import load, shipped
     from formery.web.progress import Steps
     from formery.web.table import comparison_table, console
 
     discover()
     named = work_named(work).name
+    if model is None and named not in shipped():
+        raise FormeryError(
+            f"no model ships for the work {named}: train one (`formery train {named}`) and name it with --model."
+        )
     chosen = load(model or named)
     given = None if input is None else read_prompts(input, lines=chosen.reads_apart, cut=True)
     names, left_out = every_method(model or named, draft) if methods is None else (split(methods), [])
@@ -160,7 +164,9 @@ def generate(
     settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     settings["repetition_penalty"] = repetition_penalty
     options |= {name: value for name, value in settings.items() if value is not None}
-    if needs_draft or draft is not None:
+    if draft is not None and not needs_draft:
+        raise FormeryError(f"{method} takes no draft model: leave --draft out, or add --method speculative-sampling.")
+    if needs_draft:
         from formery.evidence.compare import draft_for
 
         options["draft"] = draft_for(str(model), draft, method)
@@ -264,6 +270,8 @@ def train(
     from formery.evidence.card import train_and_ship
 
     folder = Path(out or f"runs/{recipe}")
+    if resume and not folder.exists():
+        raise FormeryError(f"there is nothing to resume in {folder}: no run was begun there.")
     try:
         shipped = train_and_ship(recipe, folder, max_steps, resume)
     except KeyboardInterrupt:

@@ -47,7 +47,8 @@ def dependency_graph(generation: Generation, tokenizer: Tokenizer | None = None)
         ylim=(max(1, len(shown)) + 0.5, 0.5),
         xlabel="place in the text",
         ylabel="target call",
-        title=f"{len(generation.tokens)} tokens in {generation.calls} calls",
+        title=f"{len(generation.tokens)} tokens in {generation.calls} calls"
+        + (f"; the first {width} are shown" if width < len(generation.tokens) else ""),
     )
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True))
