@@ -1,4 +1,4 @@
-"""Text as recipes feed it to a model: one tokenizer for a corpus, documents joined, pairs framed."""
+"""Text as recipes feed it to a model: documents joined, pairs framed."""
 
 from collections.abc import Iterable
 
@@ -6,12 +6,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from formery.data.tokenizer import Tokenizer, train_bpe
-
-
-def tokenizer_of(texts: Iterable[str], vocabulary_size: int) -> Tokenizer:
-    """The byte-pair tokenizer of these texts: the same texts always give the same one."""
-    return train_bpe(texts, vocabulary_size)
+from formery.data.tokenizer import Tokenizer
 
 
 def joined(tokenizer: Tokenizer, texts: Iterable[str]) -> Int[Tensor, "total"]:

@@ -10,13 +10,14 @@ import torch
 
 from formery.data.batching import WindowBatches
 from formery.data.code import Code
+from formery.data.tokenizer import train_bpe
 from formery.models.compose import language_model
 from formery.parts import kernel
 from formery.train.objective import Batch, mean_loss, next_token
 from formery.train.plan import Plan
 from formery.train.recipe import Trained
 from formery.train.stages import Stage, train_in_stages
-from formery.train.text import joined, tokenizer_of
+from formery.train.text import joined
 
 NAME = "code"
 DESCRIPTION = "decoder of 6.9 M parameters that continues Python, trained on the standard library"
@@ -47,7 +48,7 @@ def objective(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
 def run(out: Path, max_steps: int | None, resume: bool) -> Trained:
     """Trains into `out`."""
     work = Code()
-    tokenizer = tokenizer_of(work.texts("train"), vocabulary_size=4096)
+    tokenizer = train_bpe(work.texts("train"), vocabulary_size=4096)
     ids = joined(tokenizer, work.texts("train"))
     stages = [
         Stage(SHORT, WindowBatches(ids, length=256, batch_size=16, seed=SHORT.seed), SHORT_STEPS),

@@ -6,13 +6,14 @@ import torch
 
 from formery.data.batching import WindowBatches
 from formery.data.code import Code
+from formery.data.tokenizer import train_bpe
 from formery.models.compose import language_model
 from formery.train.loop import train
 from formery.train.objective import mean_loss
 from formery.train.plan import Plan
 from formery.train.recipe import Trained
 from formery.train.recipes.code import objective
-from formery.train.text import joined, tokenizer_of
+from formery.train.text import joined
 
 NAME = "code-draft"
 DESCRIPTION = "decoder of 0.6 M parameters that drafts for the model `code`"
@@ -32,7 +33,7 @@ PLAN = Plan(
 def run(out: Path, max_steps: int | None, resume: bool) -> Trained:
     """Trains into `out`."""
     work = Code()
-    tokenizer = tokenizer_of(work.texts("train"), vocabulary_size=4096)
+    tokenizer = train_bpe(work.texts("train"), vocabulary_size=4096)
     batches = WindowBatches(joined(tokenizer, work.texts("train")), length=512, batch_size=8, seed=PLAN.seed)
     held_out = WindowBatches(joined(tokenizer, work.texts("valid")), length=512, batch_size=8)
     torch.manual_seed(PLAN.seed)

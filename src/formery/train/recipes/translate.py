@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from formery.data.batching import PairBatches
+from formery.data.tokenizer import train_bpe
 from formery.data.translate import Translate
 from formery.models.compose import translator
 from formery.parts import kernel
@@ -14,7 +15,7 @@ from formery.train.objective import Batch, mean_loss
 from formery.train.plan import Plan
 from formery.train.recipe import Trained
 from formery.train.stages import Stage, train_in_stages
-from formery.train.text import pairs_of, tokenizer_of
+from formery.train.text import pairs_of
 
 NAME = "translate"
 DESCRIPTION = "encoder-decoder of 5.7 M parameters that translates image captions from English to German"
@@ -49,7 +50,7 @@ def objective(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
 def run(out: Path, max_steps: int | None, resume: bool) -> Trained:
     """Trains into `out`."""
     work = Translate()
-    tokenizer = tokenizer_of((text for pair in work.texts("train") for text in pair), vocabulary_size=4000)
+    tokenizer = train_bpe((text for pair in work.texts("train") for text in pair), vocabulary_size=4000)
     assert tokenizer.bos is not None and tokenizer.pad is not None
     pairs = pairs_of(tokenizer, work.texts("train"))
     stages = [

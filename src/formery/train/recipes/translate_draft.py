@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from formery.data.batching import PairBatches
+from formery.data.tokenizer import train_bpe
 from formery.data.translate import Translate
 from formery.models.compose import translator
 from formery.train import objective as objectives
@@ -13,7 +14,7 @@ from formery.train.objective import mean_loss
 from formery.train.plan import Plan
 from formery.train.recipe import Trained
 from formery.train.recipes.translate import TOKENS_PER_BATCH, objective
-from formery.train.text import pairs_of, tokenizer_of
+from formery.train.text import pairs_of
 
 NAME = "translate-draft"
 DESCRIPTION = "encoder-decoder of 0.9 M parameters that drafts for the model `translate`"
@@ -35,7 +36,7 @@ PLAN = Plan(
 def run(out: Path, max_steps: int | None, resume: bool) -> Trained:
     """Trains into `out`."""
     work = Translate()
-    tokenizer = tokenizer_of((text for pair in work.texts("train") for text in pair), vocabulary_size=4000)
+    tokenizer = train_bpe((text for pair in work.texts("train") for text in pair), vocabulary_size=4000)
     assert tokenizer.bos is not None and tokenizer.pad is not None
     batches = PairBatches(
         pairs_of(tokenizer, work.texts("train")), TOKENS_PER_BATCH, tokenizer.pad, PLAN.seed

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from formery.data.batching import WindowBatches
+from formery.data.tokenizer import train_bpe
 from formery.data.write import WikiText
 from formery.models.compose import language_model
 from formery.train.loop import train
@@ -12,7 +13,7 @@ from formery.train.objective import mean_loss
 from formery.train.plan import Plan
 from formery.train.recipe import Trained
 from formery.train.recipes.code import objective
-from formery.train.text import joined, tokenizer_of
+from formery.train.text import joined
 
 NAME = "write"
 DESCRIPTION = "decoder of 6.5 M parameters that writes Wikipedia articles, trained on WikiText-2"
@@ -32,7 +33,7 @@ PLAN = Plan(
 def run(out: Path, max_steps: int | None, resume: bool) -> Trained:
     """Trains into `out`."""
     work = WikiText()
-    tokenizer = tokenizer_of(work.texts("train"), vocabulary_size=8192)
+    tokenizer = train_bpe(work.texts("train"), vocabulary_size=8192)
     batches = WindowBatches(joined(tokenizer, work.texts("train")), length=256, batch_size=16, seed=PLAN.seed)
     held_out = WindowBatches(joined(tokenizer, work.texts("valid")), length=256, batch_size=16)
     torch.manual_seed(PLAN.seed)
