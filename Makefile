@@ -19,7 +19,7 @@ demo: $(VENV)/.installed
 	$(BIN)/formery compare code --limit 6 --max-new-tokens 40 --html report.html
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest --cov --cov-report=term
+	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --cov --cov-report=term
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check

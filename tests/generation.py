@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from formery.data.tokenizer import Tokenizer, train_bpe
 from formery.generate import Settings
 from formery.methods import discover
-from formery.models import Decoder, Encoder, EncoderDecoder
+from formery.models import Conventions, Decoder, Encoder, EncoderDecoder
 from formery.parts import (
     MLP,
     Alibi,
@@ -154,6 +154,7 @@ class Told(nn.Module):
         super().__init__()
         self.vocabulary, self.says, self.max_length = vocabulary, says, max_length
         self.tokenizer: Tokenizer | None = None
+        self.conventions = Conventions()
         self.nothing = nn.Parameter(torch.zeros(1))
 
     def begin(self, prompts: Sequence[Sequence[int]], capacity: int) -> tuple[State, list[list[int]]]:

@@ -17,25 +17,37 @@ from torch import nn
 import formery.models
 import formery.parts
 from formery.errors import FormeryError
-from formery.models import Decoder, Encoder
+from formery.models import Decoder, Encoder, Reader
 from formery.models.compose import language_model, translator
 from formery.parts import (
     MLP,
+    AcrossHeads,
     Alibi,
     Attention,
+    CausalConvolution,
+    Classifier,
     CrossAttention,
     Described,
     Embedding,
+    Experts,
+    FirstPlace,
     GatedMLP,
+    GatedRMSNorm,
     Layer,
     LayerNorm,
     Learned,
     Linear,
     LinearScaling,
     Llama3Scaling,
+    Mamba2,
+    MaskedOutput,
+    MeanPool,
+    Normalised,
     Output,
     Parallel,
     Part,
+    Patches,
+    Pooler,
     PostNorm,
     PreNorm,
     RelativeBuckets,
@@ -43,7 +55,11 @@ from formery.parts import (
     Rotary,
     Sandwich,
     Sinusoidal,
+    SpeechStem,
     TiedOutput,
+    Together,
+    TokenTypes,
+    YarnScaling,
     block_causal,
     build,
     causal,
@@ -53,10 +69,21 @@ from formery.parts import (
     window,
 )
 from formery.parts.part import activation
+from formery.parts.stem import Convolution
 
 
 def attention() -> Attention:
     return Attention(8, 4, 2, 6, Rotary(), causal & window(3), True, False, RMSNorm(6), LayerNorm(6), 0.5, 30.0, 0.1)
+
+
+def factorised_embedding() -> Embedding:
+    table = Embedding(11, 4)
+    return Embedding(11, 8, Learned(16, 8), LayerNorm(8), 2.0, 0.1, 0.3, 4, Linear(4, 8), table)
+
+
+def reader() -> Reader:
+    encoder = Encoder(Patches(3, [8, 4], [2, 2], 8), [Layer([PreNorm(RMSNorm(8), MLP(8, 9))])], RMSNorm(8), 20)
+    return Reader(encoder, Classifier(FirstPlace(), Linear(8, 2)), ["yes", "no"])
 
 
 def decoder() -> Decoder:
@@ -68,19 +95,26 @@ def decoder() -> Decoder:
 
 # For each part: every constructor argument, none at its default, so that one that is forgotten shows.
 EXAMPLES: dict[str, Callable[[], Described]] = {
+    "AcrossHeads": lambda: AcrossHeads(RMSNorm(8)),
     "Alibi": Alibi,
     "Attention": attention,
     "BlockCausal": lambda: block_causal(3),
     "Both": lambda: causal & window(2),
     "Causal": lambda: causal,
+    "CausalConvolution": lambda: CausalConvolution(8, 3, False),
+    "Classifier": lambda: Classifier(Pooler(8), Linear(8, 2)),
+    "Convolution": lambda: Convolution(4, 8, 2),
     "CrossAttention": lambda: CrossAttention(8, 4, 2, 6, 10, causal, True, False, 0.5, 0.1),
     "Decoder": decoder,
     "Dilated": lambda: dilated(2),
     "Either": lambda: causal | prefix(2),
-    "Embedding": lambda: Embedding(11, 8, Learned(16, 8), LayerNorm(8), 2.0, 0.1, 0.3),
+    "Embedding": lambda: factorised_embedding(),
     "Encoder": lambda: Encoder(Embedding(11, 8), [Layer([PreNorm(RMSNorm(8), MLP(8, 9))])], RMSNorm(8), 20),
     "EncoderDecoder": lambda: translator(11, 8, 1, 1, 2, 12, 20, 1, 0.1),
     "Everything": lambda: everything,
+    "Experts": lambda: Experts(8, [GatedMLP(8, 12), GatedMLP(8, 12)], 1, False),
+    "FirstPlace": FirstPlace,
+    "GatedRMSNorm": lambda: GatedRMSNorm(8, 2, 1e-3),
     "GatedMLP": lambda: GatedMLP(8, 12, "gelu", True),
     "Layer": lambda: Layer([PreNorm(RMSNorm(8), MLP(8, 9)), PostNorm(RMSNorm(8), GatedMLP(8, 9))]),
     "LayerNorm": lambda: LayerNorm(8, 1e-3, False),
@@ -89,19 +123,30 @@ EXAMPLES: dict[str, Callable[[], Described]] = {
     "LinearScaling": lambda: LinearScaling(4.0),
     "Llama3Scaling": lambda: Llama3Scaling(4.0, 2.0, 3.0, 64),
     "MLP": lambda: MLP(8, 12, "relu2", True),
+    "Mamba2": lambda: Mamba2(8, 4, 4, 3, 2, 2, True, False, 1e-3, 0.01, 0.5, 16),
+    "MaskedOutput": lambda: MaskedOutput(Embedding(11, 8), "gelu", LayerNorm(8)),
+    "MeanPool": MeanPool,
+    "Normalised": lambda: Normalised(MeanPool()),
     "Not": lambda: ~causal,
     "Output": lambda: Output(8, 11, True, 30.0),
     "Parallel": lambda: Parallel([RMSNorm(8)], [MLP(8, 9), GatedMLP(8, 9)], 0.1),
+    "Patches": lambda: Patches(3, [8, 4], [2, 2], 8),
+    "Pooler": lambda: Pooler(8),
     "PostNorm": lambda: PostNorm(RMSNorm(8), MLP(8, 9), 0.1),
     "PreNorm": lambda: PreNorm(RMSNorm(8), MLP(8, 9), 0.1),
     "Prefix": lambda: prefix(2),
     "RMSNorm": lambda: RMSNorm(8, 1e-3, 1.0),
+    "Reader": reader,
     "RelativeBuckets": lambda: RelativeBuckets(2, 16, 64, True),
     "Rotary": lambda: Rotary(500.0, 0.5, LinearScaling(2.0), True),
     "Sandwich": lambda: Sandwich(RMSNorm(8), MLP(8, 9), LayerNorm(8), 0.1),
     "Sinusoidal": lambda: Sinusoidal(8, 500.0, False),
-    "TiedOutput": lambda: TiedOutput(Embedding(11, 8), 2.0, True, 30.0),
+    "SpeechStem": lambda: SpeechStem(4, 8, 6),
+    "Together": lambda: Together([Learned(16, 8), TokenTypes(2, 8)]),
+    "TokenTypes": lambda: TokenTypes(2, 8),
+    "TiedOutput": lambda: TiedOutput(factorised_embedding(), 2.0, True, 30.0, Linear(8, 4)),
     "Window": lambda: window(3),
+    "YarnScaling": lambda: YarnScaling(4.0, 64, 16.0, 2.0, 1.5, False),
 }
 BASES = {"Part", "Position", "Mask", "Scaling"}  # only ever subclassed
 MODULES = sorted(name for name in EXAMPLES if isinstance(EXAMPLES[name](), Part))

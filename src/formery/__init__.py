@@ -12,13 +12,17 @@ from formery.errors import FormeryError
 if TYPE_CHECKING:
     from formery.generate import Generation, generate, stream
     from formery.models import load, save
+    from formery.models.hub.export import export
+    from formery.models.inspection import inspect
 
-__all__ = ["FormeryError", "Generation", "__version__", "generate", "load", "save", "stream"]
+__all__ = ["FormeryError", "Generation", "__version__", "export", "generate", "inspect", "load", "save", "stream"]
 __version__ = "0.1.0"
 
 _HOMES = {
     "Generation": "formery.generate",
+    "export": "formery.models.hub.export",
     "generate": "formery.generate",
+    "inspect": "formery.models.inspection",
     "stream": "formery.generate",
     "load": "formery.models",
     "save": "formery.models",

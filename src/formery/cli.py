@@ -21,7 +21,10 @@ data_app = typer.Typer(help="List and fetch the data that works use.")
 app.add_typer(data_app, name="data")
 
 INTERRUPTED = 130
-Model = Annotated[str | None, typer.Option("--model", metavar="NAME|DIR", help="A shipped model or a folder.")]
+Model = Annotated[
+    str | None,
+    typer.Option("--model", metavar="NAME|DIR|ID", help="A shipped model, a folder, or an id on the hub: owner/name."),
+]
 Draft = Annotated[
     str | None,
     typer.Option("--draft", metavar="NAME|DIR", help="A smaller model of the same vocabulary. [default: MODEL-draft]"),
@@ -80,7 +83,7 @@ def compare(
     from formery.data.works import work as work_named
     from formery.evidence.compare import compare as run
     from formery.methods import discover
-    from formery.models import load, shipped
+    from formery.models import load, shipped, writing
     from formery.web.progress import Steps
     from formery.web.table import comparison_table, console
 
@@ -90,7 +93,7 @@ def compare(
         raise FormeryError(
             f"no model ships for the work {named}: train one (`formery train {named}`) and name it with --model."
         )
-    chosen = load(model or named)
+    chosen = writing(load(model or named), model or named)
     given = None if input is None else read_prompts(input, lines=chosen.reads_apart, cut=True)
     names, left_out = every_method(model or named, draft) if methods is None else (split(methods), [])
     with Steps("comparing") as progress:
@@ -128,6 +131,7 @@ def generate(
     ] = None,
     repetition_penalty: Annotated[float | None, typer.Option(metavar="R", help="Above 1: repeat less.")] = None,
     seed: Seed = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="Ask by the chat template, where the model has one.")] = False,
     input: Input = None,
     json_file: Json = None,
     picture: Annotated[
@@ -135,29 +139,32 @@ def generate(
         typer.Option(metavar="FILE", help="Draw which call settled which token (png, svg, pdf); of one prompt."),
     ] = None,
 ) -> None:
-    """Go on with prompts, or translate them.
+    """Go on with prompts, translate them, or write down what is said.
 
-    The text comes as it is written; what it took goes to stderr.
+    A model that listens takes paths of recordings for prompts. The text comes as it is written; what it took goes to
+    stderr.
     """
     check_targets(json_file, picture)
     if picture is not None and Path(picture).suffix not in (".png", ".svg", ".pdf"):
         raise FormeryError(f"{picture} should end in .png, .svg or .pdf: the ending chooses the kind of picture.")
     from formery.data.prompts import read_prompts
     from formery.generate.method import find
+    from formery.generate.prompts import asked
     from formery.generate.run import events
     from formery.methods import discover
-    from formery.models import load
+    from formery.models import load, writing
     from formery.web.streaming import follow
 
     discover()
     method = method or ("sampling" if temperature else "greedy")
     needs_draft = find(method)[0].needs_draft
-    loaded = load(str(model))
+    loaded = writing(load(str(model)), str(model))
     texts = list(prompts or [])
     if input is not None:
         texts += [one.prompt for one in read_prompts(input, lines=loaded.reads_apart)]
     if not texts:
         raise FormeryError("there is no prompt: give one, or a file of them with --input.")
+    given: list[Any] = [asked(loaded, text, str(model)) for text in texts] if chat else list(texts)
     if picture is not None and len(texts) > 1:
         raise FormeryError(f"--picture draws one text, and there are {len(texts)} prompts; give one.")
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seed": seed}
@@ -171,7 +178,7 @@ def generate(
 
         options["draft"] = draft_for(str(model), draft, method)
     results = follow(
-        events(loaded, texts, method, 1, options),
+        events(loaded, given, method, 1, options),
         texts,
         titles=not loaded.reads_apart,
         shown=json_file != "-",
@@ -183,6 +190,47 @@ def generate(
         from formery.web.picture import save_dependency_graph
 
         save_dependency_graph(results[0], Path(picture), loaded.tokenizer)
+
+
+@app.command()
+def inspect(
+    checkpoint: Annotated[str, typer.Argument(metavar="NAME|DIR|ID", help="What `--model` takes.")],
+    as_json: AsJson = False,
+) -> None:
+    """Say what a checkpoint is, without reading its weights.
+
+    Family, parts, parameters, types, context, and what decoding keeps in memory for each token.
+    """
+    from dataclasses import asdict
+
+    from formery.models.inspection import inspect as look
+
+    found = look(checkpoint)
+    if as_json:
+        write_json(asdict(found), "-")
+        return
+    from formery.web.inspection import inspection
+    from formery.web.table import console
+
+    console().print(inspection(found))
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(metavar="NAME|DIR|ID", help="What `--model` takes.")],
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="The new folder.")],
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", metavar="TYPE", help="float32, bfloat16 or float16. [default: as stored]")
+    ] = None,
+) -> None:
+    """Write a model as a Hugging Face folder, for transformers and what reads its folders."""
+    from formery.models import load
+    from formery.models.hub.export import export as write
+    from formery.models.weights import named_dtype
+
+    kind = named_dtype(dtype)
+    write(load(model, dtype=None), folder, kind)
+    note(f"written: {folder}")
 
 
 @app.command()

@@ -8,6 +8,11 @@ class FormeryError(Exception):
     """A mistake in what was asked for or given, told in one sentence; the command line prints it and exits 2."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, as a part of a sentence."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")[:300]
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> FormeryError:
     """The error for a name that is not known, with the nearest known names as a suggestion."""
     names = sorted(known)

@@ -5,7 +5,9 @@ and never as the token that ends a sequence, so that no prompt can forge one.
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
@@ -36,30 +38,58 @@ def byte_of_character() -> dict[str, int]:
 
 
 class Tokenizer:
-    """Turns text into ids and ids into text; everything it knows is in one `tokenizer.json`.
+    """Turns text into ids and ids into text; everything that decides an id is in one `tokenizer.json`.
 
-    `bos`, `eos` and `pad` are the ids of the special tokens, found by their names (`<bos>`, `<eos>`,
-    `<pad>`, or the names that published models use), or None where the vocabulary has none.
+    tokens: the names of the special tokens as published files give them (`{"bos_token": "<s>", ...}`, None for
+    one that is said to be missing). `bos`, `eos` and `pad` are their ids; a kind that `tokens` does not tell is
+    found by its name (`<bos>`, `<eos>`, `<pad>`, or the names that published models use), or None.
+    chat_templates: by name, the usual one is called "default". maximum_length: in tokens, None where not known.
     """
 
-    def __init__(self, inner: tokenizers.Tokenizer) -> None:
+    def __init__(
+        self,
+        inner: tokenizers.Tokenizer,
+        tokens: Mapping[str, str | None] | None = None,
+        chat_templates: Mapping[str, str] | None = None,
+        maximum_length: int | None = None,
+    ) -> None:
         inner.no_truncation()
         inner.no_padding()
+        given = dict(tokens or {})
         known = {
             kind: [name for name in names if inner.token_to_id(name) is not None]
             for kind, names in NAMES.items()
+            if f"{kind}_token" not in given
         }
         named = {name for names in known.values() for name in names}
+        named |= {name for name in given.values() if name and inner.token_to_id(name) is not None}
+        already = {token.content for token in inner.get_added_tokens_decoder().values() if token.special}
         # A file may list them as plain tokens; only those marked special are never made from user text.
         inner.add_special_tokens(
-            [tokenizers.AddedToken(n, normalized=False, special=True) for n in sorted(named)]
+            [tokenizers.AddedToken(n, normalized=False, special=True) for n in sorted(named - already)]
         )
         inner.encode_special_tokens = True
+        _cut_names(inner)
         self.inner = inner
-        ids = {kind: inner.token_to_id(names[0]) if names else None for kind, names in known.items()}
-        self.bos: int | None = ids["bos"]
-        self.eos: int | None = ids["eos"]
-        self.pad: int | None = ids["pad"]
+        found = given | {f"{kind}_token": names[0] if names else None for kind, names in known.items()}
+        self.tokens: dict[str, str | None] = {k: v for k, v in found.items() if v} if tokens is None else given
+        ids = {kind: inner.token_to_id(name) if name else None for kind, name in found.items()}
+        self.bos: int | None = ids["bos_token"]
+        self.eos: int | None = ids["eos_token"]
+        self.pad: int | None = ids["pad_token"]
+        templates = dict(chat_templates or {})
+        self.chat_templates = {k: templates[k] for k in sorted(templates, key=lambda name: name != "default")}
+        self.maximum_length = maximum_length
+
+    @property
+    def chat_template(self) -> str | None:
+        """The template that `chat` follows (jinja), None where the model is not made for chats."""
+        return self.chat_templates.get("default")
+
+    @property
+    def wraps(self) -> bool:
+        """Whether `prompt` adds tokens around a text."""
+        return self.inner.num_special_tokens_to_add(False) > 0
 
     @property
     def vocabulary_size(self) -> int:
@@ -83,7 +113,50 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, on all cores."""
         checked = [unicode_text(text) for text in texts]
-        return [e.ids for e in self.inner.encode_batch_fast(checked, add_special_tokens=False)]
+        with library_errors("the tokenizer cannot encode this text"):
+            return [e.ids for e in self.inner.encode_batch_fast(checked, add_special_tokens=False)]
+
+    def prompt(self, text: str, max_length: int | None = None) -> list[int]:
+        """The ids of `text` as its model expects a whole text: `<s>` in front, `[CLS]` and `[SEP]` around it, ...
+
+        max_length: of all ids; the text loses its end for it, never what is around it.
+        """
+        with library_errors("the tokenizer cannot encode this text"):
+            return self._wrapped(max_length, unicode_text(text)).ids
+
+    def pair(self, first: str, second: str, max_length: int | None = None) -> tuple[list[int], list[int]]:
+        """The ids of two texts that a model reads as a pair, and for each id which text it belongs to (0 or 1).
+
+        max_length: of all ids; the longer text loses its end for it, and where they are even, both do.
+        """
+        with library_errors("the tokenizer cannot encode this pair"):
+            both = self._wrapped(max_length, unicode_text(first), unicode_text(second))
+        return both.ids, both.type_ids
+
+    def _wrapped(self, max_length: int | None, *texts: str) -> tokenizers.Encoding:
+        """One text or two, and what belongs around them, in no more tokens than `max_length` where that can be."""
+        whole = self.inner.encode(*texts)
+        if max_length is None or len(whole) <= max_length:
+            return whole
+        # The library's own truncation is a setting of the tokenizer, which others may be using at the same time.
+        bare = [self.inner.encode(text, add_special_tokens=False) for text in texts]
+        room = max(0, max_length - self.inner.num_special_tokens_to_add(len(texts) == 2))
+        shorter = min(room // 2, *(len(one) for one in bare))
+        longest = max(bare, key=len) if len(bare) == 1 or len(bare[0]) > len(bare[1]) else bare[1]
+        for one in bare:
+            one.truncate(room - (len(bare) == 2) * shorter if one is longest else shorter)
+        return self.inner.post_process(*bare)
+
+    def chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> list[int]:
+        """The ids of a conversation, laid out by the chat template; see `formery.data.chat.encode_chat`."""
+        from formery.data.chat import encode_chat
+
+        return encode_chat(self, messages, add_generation_prompt)
+
+    @cached_property
+    def trusting(self) -> tokenizers.Tokenizer:
+        """A twin that reads the names of special tokens as these tokens: for templates, never for a user's text."""
+        return tokenizers.Tokenizer.from_str(self.inner.to_str())
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; special tokens, and ids outside of the vocabulary, leave no text."""
@@ -93,9 +166,7 @@ class Tokenizer:
         """One token, to look at: its text, a special token's name, `\\xNN` for a byte of a cut character."""
         token = self.inner.id_to_token(id) if id >= 0 else None
         if token is None:
-            raise FormeryError(
-                f"there is no token {id}; the vocabulary has the ids 0 to {self.vocabulary_size - 1}."
-            )
+            raise FormeryError(f"there is no token {id}; the vocabulary has the ids 0 to {self.vocabulary_size - 1}.")
         if id in self.special or not isinstance(self.inner.decoder, decoders.ByteLevel):
             return token.replace("▁", " ")
         alphabet = byte_of_character()
@@ -116,10 +187,53 @@ class Tokenizer:
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
             raise FormeryError(f"cannot read the tokenizer {path}: {reason}.") from error
-        try:
-            return cls(tokenizers.Tokenizer.from_str(text))
-        except Exception as error:  # the library raises the bare class
-            raise FormeryError(f"{path} is not a tokenizer.json that can be used: {error}.") from error
+        with library_errors(f"{path} is not a tokenizer.json that can be used"):
+            return cls(tokenizers.Tokenizer.from_str(text)).tried()
+
+    def tried(self) -> "Tokenizer":
+        """Itself, once it has shown that it works: what a file's post-processor lacks only shows in use."""
+        self.inner.encode("")
+        self.inner.encode("", "")
+        return self
+
+
+@contextmanager
+def library_errors(sentence: str) -> Iterator[None]:
+    """Turns what the tokenizers library raises, also its panics, into a FormeryError that begins with `sentence`."""
+    try:
+        yield
+    except (FormeryError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises the bare class; a panic is not even an Exception
+        raise FormeryError(f"{sentence}: {error}.") from error
+
+
+def _cut_names(inner: tokenizers.Tokenizer) -> None:
+    """Cuts the name of a special token in two where the model itself could make the token out of its letters.
+
+    Models that look whole pieces up (unigram, words) know `</s>` as one of them; others only ever merge letters.
+    """
+    model = inner.model
+    looks_up = not isinstance(model, models.BPE | models.WordPiece) or getattr(model, "ignore_merges", False)
+
+    def makes(name: str) -> bool:
+        texts = (name, f" {name}", f"x{name}x")
+        return any(inner.token_to_id(name) in inner.encode(one, add_special_tokens=False).ids for one in texts)
+
+    names = [token.content for token in inner.get_added_tokens_decoder().values() if token.special]
+    names = [name for name in names if len(name) > 1 and model.token_to_id(name) is not None]
+    tails: dict[str, list[str]] = {}
+    for name in sorted(names, key=lambda name: (-len(name), name)):
+        if looks_up or makes(name):
+            tails.setdefault(name[0], []).append(re.escape(name[1:]))
+    if not tails:
+        return
+    pattern = "|".join(f"{re.escape(head)}(?={'|'.join(tail)})" for head, tail in sorted(tails.items()))
+    cut = pre_tokenizers.Split(tokenizers.Regex(pattern), "merged_with_previous")
+    if inner.pre_tokenizer is None:
+        inner.pre_tokenizer = cut
+    elif cut.__getstate__() not in inner.pre_tokenizer.__getstate__():
+        inner.pre_tokenizer = pre_tokenizers.Sequence([inner.pre_tokenizer, cut])
 
 
 def unicode_text(text: str) -> str:

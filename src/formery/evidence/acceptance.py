@@ -31,7 +31,7 @@ def acceptance(
     names = ("judged", "accepted", "expected", "expected_variance", "surprise", "surprise_variance")
     sums = dict.fromkeys(names, 0.0)
     for number, (prompt, output) in enumerate(zip(prompts, laps.outputs, strict=True), 1):
-        tokens = encoded(model, prompt, number)
+        tokens = [int(token) for token in encoded(model, prompt, number)]
         written = [*output.tokens, *ended(model, output.stop)]
         target, guess = (chances(one, tokens, written, settings) for one in (model, draft))
         overlap = torch.minimum(target, guess).sum(-1)

@@ -103,6 +103,12 @@ def seconds_in_calls(outputs: Sequence[Generation], batch: int) -> tuple[float, 
     return drafting, verifying
 
 
+def shortened(tokens: list[int], room: int, begin: int | None) -> list[int]:
+    """The last tokens that there is room for, behind the one that begins a text, if this one has it."""
+    first = tokens[:1] if begin is not None and tokens[0] == begin and room > 1 else []
+    return [*first, *tokens[len(first) - room :]]
+
+
 def fitted(
     model: Model, draft: Model | None, examples: Sequence[Example], max_new_tokens: int
 ) -> tuple[list[str | list[int]], int]:
@@ -114,9 +120,9 @@ def fitted(
     if model.reads_apart or model.tokenizer is None or not lengths:
         return [example.prompt for example in examples], 0
     room = max(1, min(lengths) - max_new_tokens)
-    encoded = [model.tokenizer.encode(example.prompt) for example in examples]
+    encoded = [model.tokenizer.prompt(example.prompt) for example in examples]
     prompts: list[str | list[int]] = [
-        tokens[-room:] if len(tokens) > room else example.prompt
+        shortened(tokens, room, model.tokenizer.bos) if len(tokens) > room else example.prompt
         for tokens, example in zip(encoded, examples, strict=True)
     ]
     return prompts, sum(len(tokens) > room for tokens in encoded)

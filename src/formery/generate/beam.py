@@ -12,7 +12,7 @@ from formery.generate.settings import Settings
 from formery.generate.stopping import Stopping
 from formery.generate.target import Target, full_length
 from formery.generate.verify import Decoding, Event
-from formery.models import Model
+from formery.models import Model, Source
 
 
 @dataclass
@@ -63,7 +63,7 @@ def beam_search(beams: int = 5, length_penalty: float = 1.0) -> Decoding:
         raise FormeryError(f"beam search needs at least 1 beam, not {beams}.")
 
     @torch.inference_mode()
-    def decode(model: Model, prompts: Sequence[list[int]], settings: Settings, first: int) -> Iterator[list[Event]]:
+    def decode(model: Model, prompts: Sequence[Source], settings: Settings, first: int) -> Iterator[list[Event]]:
         if settings.temperature > 0:
             raise FormeryError("beam search does not sample: leave temperature at 0.")
         target = Target(model, prompts, settings)
@@ -82,7 +82,7 @@ def beam_search(beams: int = 5, length_penalty: float = 1.0) -> Decoding:
                 count = len(one.beams)
                 scores = torch.stack(
                     [
-                        penalised(logits[row + i], one.prefix + tokens, settings).double().log_softmax(-1)
+                        penalised(logits[row + i], one.prefix + tokens, settings, not tokens).double().log_softmax(-1)
                         for i, (_, tokens) in enumerate(one.beams)
                     ]
                 )
@@ -93,9 +93,10 @@ def beam_search(beams: int = 5, length_penalty: float = 1.0) -> Decoding:
                     going.append(one)
                 else:
                     _, tokens, stop = one.finished[0]
-                    kept, event.text, stopped = Stopping(model, settings).take([], tokens, len(tokens) + 1)
+                    stopping = Stopping(model, settings, one.prefix)
+                    kept, event.text, stopped = stopping.take([], tokens, len(tokens) + 1)
                     event.emitted, event.stop = kept, stopped or stop
-                    event.text += "" if stopped else Stopping(model, settings).whole(kept)[len(event.text) :]
+                    event.text += "" if stopped else stopping.whole(kept)[len(event.text) :]
                 events.append(event)
             searches = going
             if searches:

@@ -10,24 +10,29 @@ from jaxtyping import Float
 from torch import Tensor
 
 from formery.generate.settings import Settings
-from formery.models import Model
+from formery.models import Model, Source
 
 
 @dataclass
 class Row:
     """One sequence that is being written.
 
-    index: of its prompt in the call. prompt: its tokens. prefix: what the decoder reads before it writes: the prompt
-    itself, or a start token where the prompt is a text `apart`, read by an encoder. output: what it has written.
-    random: this row's own stream of numbers.
+    index: of its prompt in the call. source: the prompt, as the model takes it. prefix: what the decoder reads before
+    it writes: the prompt itself, or a start token where the prompt is `apart`, read by an encoder. output: what it has
+    written. random: this row's own stream of numbers.
     """
 
     index: int
-    prompt: list[int]
+    source: Source
     prefix: list[int]
     apart: bool
     random: random.Random
     output: list[int] = field(default_factory=list)
+
+    @property
+    def prompt(self) -> list[int]:
+        """The prompt's tokens; none where it is a recording."""
+        return [] if isinstance(self.source, Tensor) else list(self.source)
 
     @property
     def tokens(self) -> list[int]:

@@ -28,7 +28,7 @@ class ModelDrafter:
     def begin(self, model: Model, rows: Sequence[Row], settings: Settings) -> None:
         check_vocabulary(model, self.draft)
         self.settings = settings
-        self.target = Target(self.draft, [row.prompt for row in rows], settings)
+        self.target = Target(self.draft, [row.source for row in rows], settings)
         self.random = [stream_of(settings.seed, row.index, "draft") for row in rows]
 
     def propose(self, rows: Sequence[Row], rooms: Sequence[int]) -> list[Draft]:
@@ -55,10 +55,10 @@ class ModelDrafter:
         return self.length if limit is None else limit + 1 - len(row.tokens)
 
     def _choose(self, i: int, row: Row, draft: Draft, logits: Float[Tensor, "vocabulary"]) -> int:
-        history = row.tokens + draft.tokens
+        history, first = row.tokens + draft.tokens, not row.output and not draft.tokens
         if draft.probabilities is None:
-            return int(penalised(logits, history, self.settings).argmax())
-        chances = probabilities(logits, history, self.settings)
+            return int(penalised(logits, history, self.settings, first).argmax())
+        chances = probabilities(logits, history, self.settings, first)
         draft.probabilities.append(chances)
         return draw(chances, self.random[i].random())
 

@@ -13,7 +13,7 @@ from formery.errors import FormeryError, unknown
 from formery.generate.draft import Drafter
 from formery.generate.settings import Settings
 from formery.generate.verify import Decoding, Event, draft_and_verify
-from formery.models import Model
+from formery.models import Model, Source
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def drafting(drafter: Callable[..., Drafter]) -> Callable[..., Decoding]:
     """The decoding that a drafter makes of the shared loop; its options are the drafter's."""
 
     def make(**options: Any) -> Decoding:
-        def decode(model: Model, prompts: Sequence[list[int]], settings: Settings, first: int) -> Iterator[list[Event]]:
+        def decode(model: Model, prompts: Sequence[Source], settings: Settings, first: int) -> Iterator[list[Event]]:
             return draft_and_verify(model, prompts, settings, first, drafter(**options))
 
         drafter(**options)  # complains of bad options before any work

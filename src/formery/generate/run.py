@@ -6,15 +6,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
 from torch.nn import Module
 
 from formery.errors import FormeryError
 from formery.generate.method import bound, find
+from formery.generate.prompts import Prompt, encoded
 from formery.generate.settings import Settings
 from formery.generate.verify import Event
 from formery.models import Model
-
-Prompt = str | Sequence[int]
 
 
 @dataclass
@@ -26,7 +26,7 @@ class Generation:
     state_bytes: the largest decode state of its batch. trace: an event for each call.
     """
 
-    prompt: str | list[int]
+    prompt: str | list[int] | Tensor
     text: str = ""
     tokens: list[int] = field(default_factory=list)
     calls: int = 0
@@ -55,14 +55,15 @@ def generate(
 ) -> list[Generation]:
     """Continues (or answers) each prompt.
 
-    prompts: texts, or token ids. batch: how many at a time, all at once unless given. options: those of Settings and
-    the method's own. A prompt's result does not depend on its neighbours. Raises FormeryError for an empty or too
-    long prompt, an unknown method or option, and a draft with another vocabulary.
+    prompts: texts, or token ids; for a model that listens, paths of recordings, or samples. batch: how many at a
+    time, all at once unless given. options: those of Settings and the method's own. A prompt's result does not depend
+    on its neighbours. Raises FormeryError for an empty or too long prompt, an unknown method or option, and a draft
+    with another vocabulary.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if any(isinstance(prompt, int) for prompt in prompts):
         raise FormeryError("prompts must be a list of texts, or of lists of token ids.")
-    results = [Generation(prompt if isinstance(prompt, str) else [*map(int, prompt)]) for prompt in prompts]
+    results = [Generation(one if isinstance(one, str | Tensor) else [*map(int, one)]) for one in prompts]
     for event in events(model, prompts, method, batch, options):
         results[event.row].add(event)
     return results
@@ -84,9 +85,10 @@ def events(
     given = {key: value for key, value in options.items() if key in known}
     if isinstance(given.get("stop"), list | set):
         given["stop"] = tuple(given["stop"])
-    if "stop_tokens" in given and given["stop_tokens"] is not None:
-        given["stop_tokens"] = frozenset(given["stop_tokens"])
-    settings = Settings(**{**chosen.defaults, **given})
+    for name in ("stop_tokens", "suppressed", "suppressed_first"):
+        if given.get(name) is not None:
+            given[name] = frozenset(given[name])
+    settings = Settings(**{**chosen.defaults, **never_written(model), **given})
     own = {key: value for key, value in options.items() if key not in known}
     decode = bound(chosen, {**named, **own})
     tokens = [encoded(model, prompt, number) for number, prompt in enumerate(prompts, 1)]
@@ -95,6 +97,12 @@ def events(
         for first in range(0, len(tokens), size):
             for group in decode(model, tokens[first : first + size], settings, first):
                 yield from group
+
+
+def never_written(model: Model) -> dict[str, frozenset[int]]:
+    """The settings for tokens that the model was published never to write."""
+    own = model.conventions
+    return {"suppressed": frozenset(own.suppressed), "suppressed_first": frozenset(own.suppressed_first)}
 
 
 @contextmanager
@@ -108,20 +116,3 @@ def evaluating(models: Sequence[Module]) -> Iterator[None]:
     finally:
         for model in training:
             model.train()
-
-
-def encoded(model: Model, prompt: Prompt, number: int) -> list[int]:
-    """A prompt as tokens; `number` is its place in the list, for the sentence when it is no good."""
-    if isinstance(prompt, str):
-        if model.tokenizer is None:
-            raise FormeryError("this model has no tokenizer: give prompts as token ids.")
-        tokens = model.tokenizer.encode(prompt)
-        if model.reads_apart and model.tokenizer.eos is not None:
-            tokens = [*tokens, model.tokenizer.eos]
-    else:
-        tokens = [*map(int, prompt)]
-    if not tokens or (isinstance(prompt, str) and not prompt.strip()):
-        raise FormeryError(f"prompt {number} is empty: give the model something to read.")
-    if wrong := [token for token in tokens if not 0 <= token < model.vocabulary]:
-        raise FormeryError(f"prompt {number} has token {wrong[0]}; this model knows 0 to {model.vocabulary - 1}.")
-    return tokens

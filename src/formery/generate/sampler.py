@@ -12,22 +12,29 @@ Rule = Callable[[Tensor, Tensor | None, int, float], Tensor | None]
 
 
 def penalised(
-    logits: Float[Tensor, "vocabulary"], history: Sequence[int], settings: Settings
+    logits: Float[Tensor, "vocabulary"], history: Sequence[int], settings: Settings, first: bool = False
 ) -> Float[Tensor, "vocabulary"]:
-    """Logits of tokens in `history` divided (if positive) or multiplied by the penalty (Keskar et al., 2019)."""
-    if settings.repetition_penalty == 1.0 or not history:
-        return logits
-    seen = torch.tensor(sorted(set(history)), device=logits.device)
-    old = logits[seen]
-    new = torch.where(old > 0, old / settings.repetition_penalty, old * settings.repetition_penalty)
-    return logits.index_copy(0, seen, new)
+    """Logits of tokens in `history` divided (if positive) or multiplied by the penalty (Keskar et al., 2019).
+
+    Those of suppressed tokens become -inf. first: whether the token to come is the first that is written.
+    """
+    if settings.repetition_penalty != 1.0 and history:
+        seen = torch.tensor(sorted(set(history)), device=logits.device)
+        old = logits[seen]
+        new = torch.where(old > 0, old / settings.repetition_penalty, old * settings.repetition_penalty)
+        logits = logits.index_copy(0, seen, new)
+    suppressed = settings.suppressed | settings.suppressed_first if first else settings.suppressed
+    if suppressed:
+        tokens = sorted(token for token in suppressed if token < len(logits))
+        logits = logits.index_fill(0, torch.tensor(tokens, dtype=torch.long, device=logits.device), -torch.inf)
+    return logits
 
 
 def probabilities(
-    logits: Float[Tensor, "vocabulary"], history: Sequence[int], settings: Settings
+    logits: Float[Tensor, "vocabulary"], history: Sequence[int], settings: Settings, first: bool = False
 ) -> Float[Tensor, "vocabulary"]:
     """The distribution that is sampled from, in float64: penalty, temperature, top-k, top-p, min-p, in that order."""
-    scores = penalised(logits.double(), history, settings)
+    scores = penalised(logits.double(), history, settings, first)
     if settings.temperature == 0:
         return torch.nn.functional.one_hot(scores.argmax(), len(scores)).double()
     scores = (scores - scores.max()) / settings.temperature

@@ -15,7 +15,8 @@ class Settings:
     at least min_p times the likeliest's. repetition_penalty: above 1 makes tokens seen before less likely.
     seed: of all randomness; a row draws from its own stream, so its neighbours do not change it.
     stop: strings that end the text (they are not part of it). stop_tokens: token ids that do, by default the
-    tokenizer's end token.
+    model's own. suppressed, suppressed_first: tokens that are never written, or not as the first; by default the
+    model's own.
     """
 
     max_new_tokens: int = 64
@@ -27,6 +28,13 @@ class Settings:
     seed: int = 0
     stop: tuple[str, ...] = ()
     stop_tokens: frozenset[int] | None = None
+    suppressed: frozenset[int] = frozenset()
+    suppressed_first: frozenset[int] = frozenset()
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether the greedy choice is made from other logits than the model's."""
+        return self.repetition_penalty != 1.0 or bool(self.suppressed or self.suppressed_first)
 
     def __post_init__(self) -> None:
         if not isinstance(self.stop, tuple) or any(not isinstance(one, str) or not one for one in self.stop):

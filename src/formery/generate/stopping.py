@@ -6,17 +6,31 @@ from formery.errors import FormeryError
 from formery.generate.settings import Settings
 from formery.models import Model
 
+CONTEXT = 4  # tokens before a text that its first one may be read with
+
+
+def end_tokens(model: Model) -> frozenset[int]:
+    """The tokens with which the model ends a text: those that it was published with, or its tokenizer's."""
+    if model.conventions.stop is not None:
+        return frozenset(model.conventions.stop)
+    end = None if model.tokenizer is None else model.tokenizer.eos
+    return frozenset() if end is None else frozenset({end})
+
 
 class Stopping:
-    """Follows one row; a character that is not whole yet is held back until it is."""
+    """Follows one row; a character that is not whole yet is held back until it is.
 
-    def __init__(self, model: Model, settings: Settings):
+    prefix: what the row was given. A tokenizer may show a token otherwise at the beginning of a text (without its
+    space), so that what is written is read behind the last tokens before it.
+    """
+
+    def __init__(self, model: Model, settings: Settings, prefix: Sequence[int] = ()):
         self.tokenizer, self.settings = model.tokenizer, settings
+        self.context = [] if model.reads_apart else list(prefix[-CONTEXT:])
+        self.before = self.decoded(self.context, "")
         if self.tokenizer is None and settings.stop:
             raise FormeryError("this model has no tokenizer, so it cannot stop at a string: give stop_tokens.")
-        end = None if self.tokenizer is None else self.tokenizer.eos
-        own: frozenset[int] = frozenset() if end is None else frozenset({end})
-        self.ends = own if settings.stop_tokens is None else settings.stop_tokens
+        self.ends = end_tokens(model) if settings.stop_tokens is None else settings.stop_tokens
         self.given = ""
 
     def take(self, output: Sequence[int], new: Sequence[int], room: int) -> tuple[list[int], str, str | None]:
@@ -38,20 +52,28 @@ class Stopping:
 
     def whole(self, tokens: Sequence[int]) -> str:
         """The text of tokens that end here."""
-        return "" if self.tokenizer is None else self.tokenizer.decode(tokens)
+        return self.decoded([*self.context, *tokens], self.before)
+
+    def decoded(self, tokens: Sequence[int], before: str) -> str:
+        """The text of the tokens, without the text before."""
+        text = "" if self.tokenizer is None else self.tokenizer.decode(tokens)
+        if before and not text.startswith(before):  # the prompt ends within a character
+            assert self.tokenizer is not None
+            return self.tokenizer.decode(tokens[len(self.context) :])
+        return text[len(before) :]
 
     def _stopped(self, tokens: list[int]) -> int | None:
         """Where the first stop string begins."""
         if self.tokenizer is None:
             return None
-        text = self.tokenizer.decode(tokens)
+        text = self.whole(tokens)
         places = [place for one in self.settings.stop if (place := text.find(one)) >= 0]
         return min(places, default=None)
 
     def _text(self, tokens: list[int], stop: str | None) -> str:
         if self.tokenizer is None:
             return ""
-        text = self.tokenizer.decode(tokens)
+        text = self.whole(tokens)
         if stop == "stop":
             text = text[: self._stopped(tokens)]
         elif stop is None:

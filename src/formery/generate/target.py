@@ -8,7 +8,7 @@ from torch import Tensor
 
 from formery.generate.draft import as_batch
 from formery.generate.settings import Settings
-from formery.models import Model
+from formery.models import Model, Source
 from formery.parts import Packing, State
 
 # A row's logits differ in their last bits with the number of tokens and rows computed together. Differences seen on
@@ -17,12 +17,15 @@ from formery.parts import Packing, State
 UNITS = {torch.float64: 256, torch.float32: 256, torch.bfloat16: 16, torch.float16: 16}
 
 
+START = 4  # room for what a decoder reads before it writes, where the prompt is read apart
+
+
 class Target:
     """A model while it decodes a batch of prompts."""
 
-    def __init__(self, model: Model, prompts: Sequence[Sequence[int]], settings: Settings):
+    def __init__(self, model: Model, prompts: Sequence[Source], settings: Settings):
         self.model = model
-        longest = 1 if model.reads_apart else max(map(len, prompts))
+        longest = START if model.reads_apart else max(map(len, prompts))
         # A few slots more, since a row is padded to the width of its widest neighbour.
         capacity = longest + full_length(model, longest, settings) + 8
         self.packing = Packing()
@@ -61,7 +64,7 @@ def device_of(model: Model) -> torch.device:
     return next(model.parameters()).device
 
 
-def canonical(model: Model, prompt: Sequence[int], tokens: Sequence[int]) -> Float[Tensor, "vocabulary"]:
+def canonical(model: Model, prompt: Source, tokens: Sequence[int]) -> Float[Tensor, "vocabulary"]:
     """Logits after `tokens`, computed in the one way that depends on nothing else: alone, in a single pass."""
     state, _ = model.begin([prompt], len(tokens))
     hidden = model.read(torch.tensor([list(tokens)], device=device_of(model)), state)

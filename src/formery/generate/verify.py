@@ -22,7 +22,7 @@ from formery.generate.sampler import Rule, draw, modified_rejection, penalised, 
 from formery.generate.settings import Settings
 from formery.generate.stopping import Stopping
 from formery.generate.target import Target, canonical, full_length, rounding_bound
-from formery.models import Model
+from formery.models import Model, Source
 
 
 @dataclass
@@ -46,13 +46,13 @@ class Event:
     state_bytes: int = 0
 
 
-Decoding = Callable[[Model, Sequence[list[int]], Settings, int], Iterator[list[Event]]]
+Decoding = Callable[[Model, Sequence[Source], Settings, int], Iterator[list[Event]]]
 
 
 @torch.inference_mode()
 def draft_and_verify(
     model: Model,
-    prompts: Sequence[list[int]],
+    prompts: Sequence[Source],
     settings: Settings,
     first: int,
     drafter: Drafter,
@@ -71,7 +71,7 @@ def draft_and_verify(
     ]
     drafter.begin(model, rows, settings)
     judge = Judge(model, settings, rule, guard)
-    stopping = {row.index: Stopping(model, settings) for row in rows}
+    stopping = {row.index: Stopping(model, settings, row.prefix) for row in rows}
     while rows:
         started = time.perf_counter()
         # The target always adds a token of its own, so one less may be drafted than may be written.
@@ -126,12 +126,13 @@ class Judge:
         penalty = self.settings.repetition_penalty
         # A penalty multiplies what rounding did to a logit as well.
         bound = rounding_bound(logits) * max(penalty, 1 / penalty)
-        if penalty != 1.0:
+        if self.settings.changes_logits:
             logits = logits.clone()
             for i, (row, draft) in enumerate(zip(rows, drafts, strict=True)):
                 history = row.tokens
                 for j in range(len(draft.tokens) + 1):
-                    logits[i, j] = penalised(logits[i, j], history + draft.tokens[:j], self.settings)
+                    first = not row.output and j == 0
+                    logits[i, j] = penalised(logits[i, j], history + draft.tokens[:j], self.settings, first)
         top = logits.topk(min(2, logits.shape[-1]), -1)
         choices = top.indices[..., 0].tolist()
         close = (top.values[..., 0] - top.values[..., -1] <= bound).tolist()
@@ -145,8 +146,9 @@ class Judge:
         for j, token in enumerate([*draft.tokens, None]):
             if self.guard and close[j]:
                 history = draft.tokens[:j]
-                logits = canonical(self.model, row.prompt, row.tokens + history)
-                choices[j] = int(penalised(logits, row.tokens + history, self.settings).argmax())
+                logits = canonical(self.model, row.source, row.tokens + history)
+                first = not row.output and j == 0
+                choices[j] = int(penalised(logits, row.tokens + history, self.settings, first).argmax())
                 guarded += 1
             if token != choices[j]:
                 return Verdict(j, [*draft.tokens[:j], choices[j]], choices, guarded)
@@ -155,10 +157,12 @@ class Judge:
     def _sample(self, row: Row, draft: Draft, logits: Tensor, choices: list[int]) -> Verdict:
         history = row.tokens
         for j, token in enumerate(draft.tokens):
-            chances = probabilities(logits[j], history + draft.tokens[:j], self.settings)
+            first = not row.output and j == 0
+            chances = probabilities(logits[j], history + draft.tokens[:j], self.settings, first)
             drawn_from = None if draft.probabilities is None else draft.probabilities[j]
             rest = self.rule(chances, drawn_from, token, row.random.random())
             if rest is not None:
                 return Verdict(j, [*draft.tokens[:j], draw(rest, row.random.random())], choices)
-        chances = probabilities(logits[len(draft.tokens)], history + draft.tokens, self.settings)
+        first = not row.output and not draft.tokens
+        chances = probabilities(logits[len(draft.tokens)], history + draft.tokens, self.settings, first)
         return Verdict(len(draft.tokens), [*draft.tokens, draw(chances, row.random.random())], choices)

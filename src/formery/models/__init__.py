@@ -1,7 +1,22 @@
 """Whole models out of parts."""
 
-from formery.models.checkpoint import Model, load, locate, save, shipped
+from formery.models.checkpoint import Model, load, locate, save, shipped, writing
+from formery.models.conventions import Conventions
 from formery.models.decoder import Decoder
-from formery.models.encoder_decoder import Encoder, EncoderDecoder
+from formery.models.encoder import Encoder, Reader
+from formery.models.encoder_decoder import EncoderDecoder, Source
 
-__all__ = ["Decoder", "Encoder", "EncoderDecoder", "Model", "load", "locate", "save", "shipped"]
+__all__ = [
+    "Conventions",
+    "Decoder",
+    "Encoder",
+    "EncoderDecoder",
+    "Model",
+    "Reader",
+    "Source",
+    "load",
+    "locate",
+    "save",
+    "shipped",
+    "writing",
+]

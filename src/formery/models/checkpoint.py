@@ -1,4 +1,7 @@
-"""Models on disk: a folder of formery.json (what the model is made of), model.safetensors and tokenizer.json.
+"""Models on disk, ours and other people's.
+
+Our own folder holds formery.json (what the model is made of), model.safetensors and tokenizer.json. A published folder
+has a config.json instead, and a file of llama2.c holds all in one; both are read by the room `hub`.
 
 A checkpoint is untrusted. The description can name registered parts only; the model is laid out without memory
 first, and every tensor's name, shape and type is compared with the file's header before anything is allocated.
@@ -6,27 +9,28 @@ first, and every tensor's name, shape and type is compared with the file's heade
 
 import json
 import os
-import struct
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import nn
 
-from formery.data.tokenizer import Tokenizer
+from formery.data.published import read_tokenizer, write_tokenizer
 from formery.errors import FormeryError
 from formery.files import atomic_folder
+from formery.models import weights
+from formery.models.conventions import Conventions
 from formery.models.decoder import Decoder
+from formery.models.encoder import Reader
 from formery.models.encoder_decoder import EncoderDecoder
+from formery.models.filling import Group, fill
+from formery.models.weights import PICKLES, WEIGHTS, shapes
 from formery.parts import Part, build
 
 Model = Decoder | EncoderDecoder
 SHIPPED = Path(__file__).parents[1] / "shipped"
-DESCRIPTION, WEIGHTS, TOKENIZER = "formery.json", "model.safetensors", "tokenizer.json"
-_FLOATS = ("BF16", "F16", "F32", "F64")
-_PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
+DESCRIPTION = "formery.json"
 
 
 def shipped() -> list[str]:
@@ -34,24 +38,39 @@ def shipped() -> list[str]:
     return sorted(path.parent.name for path in SHIPPED.glob(f"*/{DESCRIPTION}"))
 
 
-def locate(path: str | Path) -> Path:
-    """The folder of a checkpoint, given by its path or by the name of a shipped model."""
+def locate(path: str | Path, revision: str | None = None) -> Path:
+    """The folder (or llama2.c file) of a checkpoint, given by its path, a shipped model's name, or an id on the hub.
+
+    revision: of the hub's repository; "owner/name@revision" says it too. Raises FormeryError where there is nothing.
+    """
     if str(path) in shipped():
         return SHIPPED / str(path)
     folder = Path(path)
     # os.path's own tests say no, where pathlib's raise, to a name that no file can have.
-    if os.path.isfile(folder) and folder.suffix in _PICKLES:
-        raise FormeryError(
-            f"{folder} is a pickle, which can run any code when opened; convert it to safetensors where you trust it."
-        )
-    if not os.path.isdir(folder):
-        raise FormeryError(
-            f"there is no checkpoint at {folder}: give a folder, or one of {', '.join(shipped()) or 'none'}."
-        )
-    return folder
+    if os.path.isdir(folder):
+        return folder
+    if os.path.isfile(folder):
+        from formery.models.hub import llama2c
+
+        if llama2c.looks_like(folder):
+            return folder
+        if folder.suffix in PICKLES:
+            raise FormeryError(
+                f"{folder} is a pickle, which can run any code when opened, or a llama2.c file that is not whole; "
+                "convert a pickle to safetensors where you trust it."
+            )
+        raise FormeryError(f"there is no checkpoint at {folder}: that is a file; give the folder of one.")
+    from formery.models.hub import download
+
+    if isinstance(path, str) and download.is_hub_id(path):
+        return download.fetch(path, revision)
+    raise FormeryError(
+        f"there is no checkpoint at {folder}: give a folder, an id on the hub (owner/name), or one of "
+        f"{', '.join(shipped()) or 'none'}."
+    )
 
 
-def save(model: Model, path: str | Path, dtype: torch.dtype | None = None) -> None:
+def save(model: Model | Reader, path: str | Path, dtype: torch.dtype | None = None) -> None:
     """Writes `model` to the folder `path`, whole or not at all, in the place of a checkpoint that is there.
 
     dtype: of the stored weights, as they are unless given. Raises FormeryError where `path` holds anything else
@@ -64,7 +83,7 @@ def save(model: Model, path: str | Path, dtype: torch.dtype | None = None) -> No
     with torch.device("meta"):
         twin = build(description)
     assert isinstance(twin, Part)
-    if differ := _shapes(model).items() ^ _shapes(twin).items():
+    if differ := shapes(model).items() ^ shapes(twin).items():
         name = min(differ)[0]
         raise FormeryError(f"the model's description does not tell how {name} came about: use replace() for new parts.")
     tensors = {
@@ -75,56 +94,71 @@ def save(model: Model, path: str | Path, dtype: torch.dtype | None = None) -> No
             save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         except SafetensorError as error:
             raise OSError(str(error)) from error
-        text = json.dumps({"formery": 1, "model": description}, indent=1)
-        (folder / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
+        told: dict[str, Any] = {"formery": 1, "model": description}
+        if conventions := model.conventions.to_json():
+            told["conventions"] = conventions
+        if getattr(model, "preprocessor", None) is not None:
+            told["preprocessor"] = model.preprocessor
+        (folder / DESCRIPTION).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
         if model.tokenizer is not None:
-            model.tokenizer.save(folder / TOKENIZER)
+            write_tokenizer(model.tokenizer, folder)
 
 
-def load(path: str | Path, dtype: torch.dtype | None = torch.float32, device: str | torch.device = "cpu") -> Model:
-    """The model in a folder, or the shipped model of that name, ready to generate.
+def load(
+    path: str | Path,
+    dtype: torch.dtype | None = torch.float32,
+    device: str | torch.device = "cpu",
+    revision: str | None = None,
+) -> Any:
+    """The model in a folder, of an id on the hub, or the shipped model of that name, ready to be used.
 
-    dtype: of the loaded weights; None leaves them as stored. Raises FormeryError, saying what is wrong and where,
-    for a missing, truncated or foreign file, an unknown part, and a tensor that is missing, extra or misshapen.
+    A Decoder, an EncoderDecoder or a Reader. dtype: of the loaded weights; None leaves them as stored, and then they
+    stay in the mapped file. revision: of the hub's repository. Raises FormeryError, saying what is wrong and where,
+    for a missing, truncated or foreign file, an unknown part or architecture, and a tensor that is missing, extra or
+    misshapen.
     """
-    folder = locate(path)
-    model = _described(folder)
-    weights = folder / WEIGHTS
-    if not weights.is_file():
-        pickles = sorted(one.name for one in folder.iterdir() if one.suffix in _PICKLES)
-        found = f", only the pickle {pickles[0]}, which is never opened" if pickles else ""
-        raise FormeryError(f"{folder} holds no {WEIGHTS}{found}.")
-    expected = _shapes(model)
-    try:
-        _check_header(weights, expected)
-        with safe_open(weights, framework="pt", device=str(device)) as file:
-            for name in expected:
-                tensor = file.get_tensor(name)
-                _place(model, name, tensor if dtype is None else tensor.to(dtype))
-    except (SafetensorError, OSError) as error:
-        raise FormeryError(f"{weights} cannot be read: {error}.") from error
-    if (folder / TOKENIZER).is_file():
-        model.tokenizer = Tokenizer.load(folder / TOKENIZER)
-        if model.tokenizer.vocabulary_size > model.vocabulary:
-            raise FormeryError(
-                f"{folder}: the tokenizer has {model.tokenizer.vocabulary_size} tokens, "
-                f"the model only {model.vocabulary}."
-            )
+    folder = locate(path, revision)
+    if folder.is_file():
+        from formery.models.hub import llama2c
+
+        return llama2c.read(folder, dtype=dtype or torch.float32).to(device).eval()
+    if not (folder / DESCRIPTION).is_file():
+        from formery.models.hub import load as published
+
+        if published.is_published(folder):
+            return published.load(folder, dtype, device)
+        raise FormeryError(
+            f"{folder} holds neither {DESCRIPTION} nor {published.CONFIG}, so it is no checkpoint that is known here."
+        )
+    return _load_own(folder, dtype, device)
+
+
+def _load_own(folder: Path, dtype: torch.dtype | None, device: str | torch.device) -> Any:
+    model = described(folder)
+    found, expected = weights.table_of(folder), shapes(model)
+    weights.check(folder / WEIGHTS, found, expected)
+    fill(model, [Group(name, (name,)) for name in expected], found, dtype, device)
+    model.tokenizer = read_tokenizer(folder)
+    known = model.vocabulary if not isinstance(model, Reader) else None
+    if model.tokenizer is not None and known is not None and model.tokenizer.vocabulary_size > known:
+        raise FormeryError(
+            f"{folder}: the tokenizer has {model.tokenizer.vocabulary_size} tokens, the model only {known}."
+        )
     return model.eval()
 
 
-def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """The shape of each weight, shared ones named once."""
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+def writing(model: Any, name: str = "this model") -> Model:
+    """The model, if it is one that writes text; FormeryError for an encoder that only reads."""
+    if not isinstance(model, Decoder | EncoderDecoder):
+        raise FormeryError(f"{name} is an encoder: it reads (call it, or its read()), and writes no text.")
+    return model
 
 
-def _described(folder: Path) -> Model:
-    """The model laid out on the meta device: shapes without memory."""
+def described(folder: Path) -> Any:
+    """The model of our own folder, laid out on the meta device: shapes without memory."""
     path = folder / DESCRIPTION
     try:
         data: Any = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise FormeryError(f"{folder} holds no {DESCRIPTION}, so it is no checkpoint of this library.") from error
     except (OSError, ValueError, RecursionError) as error:
         raise FormeryError(f"{path} is not readable JSON ({error}).") from error
     if not isinstance(data, dict) or data.get("formery") != 1 or "model" not in data:
@@ -132,55 +166,15 @@ def _described(folder: Path) -> Model:
     try:
         with torch.device("meta"):
             model = build(data["model"])
+        conventions = Conventions.from_json(data.get("conventions", {}))
     except FormeryError as error:
         raise FormeryError(f"{path}: {error}") from error
-    if not isinstance(model, Decoder | EncoderDecoder):
+    if not isinstance(model, Decoder | EncoderDecoder | Reader):
         raise FormeryError(f"{path} describes a {type(model).__name__}, which is no whole model.")
+    model.conventions = conventions
+    preprocessor = data.get("preprocessor")
+    if preprocessor is not None and not (isinstance(preprocessor, dict) and hasattr(model, "preprocessor")):
+        raise FormeryError(f"{path}: the preprocessor is no table, or the model has no use for one.")
+    if preprocessor is not None:
+        model.preprocessor = preprocessor
     return model
-
-
-def _check_header(path: Path, expected: dict[str, tuple[int, ...]]) -> None:
-    """Compares the file's own table of tensors with what the model needs, before reading any."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-        if length > min(size - 8, 100_000_000):
-            raise FormeryError(f"{path} is truncated or no safetensors file: its header should be {length} bytes long.")
-        try:
-            header: Any = json.loads(file.read(length))
-        except (ValueError, RecursionError) as error:
-            raise FormeryError(f"{path} has a damaged header ({error}).") from error
-    if not isinstance(header, dict):
-        raise FormeryError(f"{path} has a damaged header: it is no table of tensors.")
-    header.pop("__metadata__", None)
-    missing, extra = sorted(expected.keys() - header.keys()), sorted(header.keys() - expected.keys())
-    if missing or extra:
-        which = f"lacks {missing[0]}" if missing else f"has {extra[0]}, which the model does not know"
-        raise FormeryError(f"{path} {which} ({len(missing)} tensors missing, {len(extra)} unknown).")
-    end = 0
-    for name, shape in expected.items():
-        entry = header[name]
-        found = entry.get("shape") if isinstance(entry, dict) else None
-        if found != list(shape):
-            raise FormeryError(f"{path}: {name} has shape {found}, the model needs {list(shape)}.")
-        if entry.get("dtype") not in _FLOATS:
-            raise FormeryError(f"{path}: {name} has type {entry.get('dtype')}, not one of {', '.join(_FLOATS)}.")
-        offsets = entry.get("data_offsets")
-        if not (isinstance(offsets, list) and len(offsets) == 2 and all(isinstance(one, int) for one in offsets)):
-            raise FormeryError(f"{path}: {name} has no place in the file.")
-        end = max(end, offsets[1])
-    if 8 + length + end != size:
-        raise FormeryError(
-            f"{path} is truncated or damaged: {size} bytes, where its header tells of {8 + length + end}."
-        )
-
-
-def _place(model: Part, name: str, tensor: torch.Tensor) -> None:
-    """Puts the tensor in the place of a parameter, wherever that parameter is shared."""
-    old = model.get_parameter(name)
-    new = torch.nn.Parameter(tensor, requires_grad=True)
-    for part in model.modules():
-        for key, parameter in part._parameters.items():
-            if parameter is old:
-                part._parameters[key] = new

@@ -2,14 +2,16 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from formery.errors import FormeryError
-from formery.parts import Attention, Context, Embedding, Part, State
+from formery.models.conventions import Conventions
+from formery.parts import Context, Embedding, Part, State
+from formery.parts.state import Remembering
 
 if TYPE_CHECKING:
     from formery.data.tokenizer import Tokenizer
@@ -36,6 +38,8 @@ class Decoder(Part):
         self.embedding, self.layers, self.norm, self.output = embedding, nn.ModuleList(layers), norm, output
         self.max_length = max_length
         self.tokenizer: Tokenizer | None = None
+        self.conventions = Conventions()
+        self.origin: str | None = None
 
     @property
     def vocabulary(self) -> int:
@@ -79,22 +83,23 @@ class Decoder(Part):
         self._check_length(time if even else int(positions.max()) + 1)
         return self._run(tokens, context)
 
-    def begin(self, prompts: Sequence[Sequence[int]], capacity: int) -> tuple[State, list[list[int]]]:
+    def begin(self, prompts: Sequence[Sequence[int] | Tensor], capacity: int) -> tuple[State, list[list[int]]]:
         """An empty state for these prompts, and the tokens that each row has still to read: its prompt."""
         for prompt in prompts:
-            if not prompt:
+            if len(prompt) == 0:
                 raise FormeryError("a prompt is empty: this model continues a text, so give it at least one token.")
             self._check_length(len(prompt))
-        return self.start(len(prompts), capacity), [list(prompt) for prompt in prompts]
+        return self.start(len(prompts), capacity), [[int(token) for token in prompt] for prompt in prompts]
 
     def start(self, batch: int, capacity: int) -> State:
         """An empty state with room for `capacity` tokens in each of `batch` rows (it grows if need be)."""
         state = State(batch, capacity, self.embedding.weight.device)
-        turns: Counter[Attention] = Counter()
-        for _, part in self.named_modules(remove_duplicate=False):
-            if isinstance(part, Attention):
-                state.of(part, turns[part])
-                turns[part] += 1
+        turns: Counter[Remembering] = Counter()
+        for _, part in self.layers.named_modules(remove_duplicate=False):
+            if hasattr(part, "start"):
+                remembering = cast(Remembering, part)
+                state.of(remembering, turns[remembering])
+                turns[remembering] += 1
         return state
 
     def step(

@@ -1,64 +1,39 @@
-"""An encoder reads a text in both directions; a decoder writes another, looking at what was read."""
+"""An encoder reads a text (or a recording); a decoder writes another, looking at what was read."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from formery.errors import FormeryError
+from formery.models.conventions import Conventions
 from formery.models.decoder import Decoder
-from formery.parts import Context, CrossAttention, Embedding, Part, State
+from formery.models.encoder import Encoder
+from formery.parts import CrossAttention, Part, State
 
 if TYPE_CHECKING:
     from formery.data.tokenizer import Tokenizer
 
-
-class Encoder(Part):
-    """Turns a text into a vector for each token; who sees whom is up to the masks of its layers."""
-
-    def __init__(
-        self, embedding: Embedding, layers: Sequence[Part], norm: Part | None = None, max_length: int | None = None
-    ):
-        super().__init__()
-        self.embedding, self.layers, self.norm = embedding, nn.ModuleList(layers), norm
-        self.max_length = max_length
-
-    def forward(
-        self, tokens: Int[Tensor, "batch time"], positions: Int[Tensor, "batch time"] | None = None
-    ) -> Float[Tensor, "batch time width"]:
-        """The normed vectors of the last layer; position -1 marks padding."""
-        even = positions is None
-        if positions is None:
-            positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
-        self.check_length(tokens.shape[1] if even else int(positions.max()) + 1)
-        context = Context(positions, even=even)
-        hidden = self.embedding(tokens, context)
-        for layer in self.layers:
-            hidden = layer(hidden, context)
-        return hidden if self.norm is None else self.norm(hidden)
-
-    def check_length(self, length: int) -> None:
-        """FormeryError for a text that is longer than the encoder takes."""
-        if self.max_length is not None and length > self.max_length:
-            raise FormeryError(
-                f"a prompt of {length} tokens is longer than this model takes ({self.max_length}); shorten it."
-            )
-
+Source = Sequence[int] | Tensor
 
 class EncoderDecoder(Part):
     """Writes a text that answers another one, such as its translation.
 
-    start_token: what the decoder reads first.
+    start_token: what the decoder reads first. prefix: what it reads next before it writes (a language, a task).
+    preprocessor: how a recording becomes features, as published, where that is told.
     """
 
     reads_apart = True
 
-    def __init__(self, encoder: Encoder, decoder: Decoder, start_token: int):
+    def __init__(self, encoder: Encoder, decoder: Decoder, start_token: int, prefix: Sequence[int] = ()):
         super().__init__()
-        self.encoder, self.decoder, self.start_token = encoder, decoder, start_token
+        self.encoder, self.decoder, self.start_token, self.prefix = encoder, decoder, start_token, tuple(prefix)
         self.tokenizer: Tokenizer | None = None
+        self.conventions = Conventions()
+        self.origin: str | None = None
+        self.preprocessor: dict[str, Any] | None = None
 
     @property
     def vocabulary(self) -> int:
@@ -87,26 +62,25 @@ class EncoderDecoder(Part):
         hidden = self.decoder.hidden(tokens, positions, memory=memory, memory_positions=source_positions)
         return self.decoder.output(hidden)
 
-    def begin(self, prompts: Sequence[Sequence[int]], capacity: int) -> tuple[State, list[list[int]]]:
-        """Encodes these prompts into a fresh state; each row has then to read the start token."""
+    def begin(self, prompts: Sequence[Source], capacity: int) -> tuple[State, list[list[int]]]:
+        """Encodes these prompts into a fresh state; each row has then to read the start token and the prefix."""
         for prompt in prompts:
-            if not prompt:
+            if len(prompt) == 0:
                 raise FormeryError("a prompt is empty: give this model a text to read.")
-            self.encoder.check_length(len(prompt))
+            if not isinstance(prompt, Tensor):
+                self.encoder.check_length(len(prompt))
         device = self.decoder.embedding.weight.device
-        longest = max(len(prompt) for prompt in prompts)
-        source = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=device)
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        positions = torch.arange(longest, device=device).expand(source.shape)
-        positions = positions.masked_fill(positions >= lengths[:, None], -1)
-        ragged = bool((lengths != longest).any())
-        memory = self.encoder(source, positions if ragged else None)
+        way_in: Any = self.encoder.embedding
+        source, positions = way_in.collate(prompts)
+        positions = None if positions is None else positions.to(device)
+        memory = self.encoder(source.to(device), positions)
         state = self.decoder.start(len(prompts), capacity)
-        state.memory_positions = positions
+        everywhere = torch.arange(memory.shape[1], device=device).repeat(len(prompts), 1)
+        state.memory_positions = everywhere if positions is None else positions
         for part in self.decoder.modules():
             if isinstance(part, CrossAttention):
                 state.layers[part, 0] = part.read(memory)
-        return state, [[self.start_token] for _ in prompts]
+        return state, [[self.start_token, *self.prefix] for _ in prompts]
 
     def step(
         self,

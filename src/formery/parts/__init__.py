@@ -3,12 +3,16 @@
 from formery.parts.attention import Attention, CrossAttention
 from formery.parts.context import Context, Visibility
 from formery.parts.embed import Embedding, Output, TiedOutput
+from formery.parts.experts import Experts
 from formery.parts.feedforward import MLP, GatedMLP
+from formery.parts.head import Classifier, FirstPlace, MaskedOutput, MeanPool, Normalised, Pooler
 from formery.parts.kernels import Packing, attend, kernel
 from formery.parts.linear import Linear
 from formery.parts.mask import Mask, block_causal, causal, dilated, everything, prefix, window
-from formery.parts.norm import LayerNorm, RMSNorm
+from formery.parts.mixers import CausalConvolution, GatedRMSNorm, Mamba2
+from formery.parts.norm import AcrossHeads, LayerNorm, RMSNorm
 from formery.parts.part import Described, Part, build
+from formery.parts.patches import Patches
 from formery.parts.position import (
     Alibi,
     Learned,
@@ -18,19 +22,30 @@ from formery.parts.position import (
     RelativeBuckets,
     Rotary,
     Sinusoidal,
+    Together,
+    TokenTypes,
+    YarnScaling,
 )
+from formery.parts.recurrence import RecurrentState
 from formery.parts.residual import Layer, Parallel, PostNorm, PreNorm, Sandwich
 from formery.parts.state import KeyValues, LayerState, Memory, Slots, State
+from formery.parts.stem import SpeechStem
 
 __all__ = [
     "MLP",
+    "AcrossHeads",
     "Alibi",
     "Attention",
+    "CausalConvolution",
+    "Classifier",
     "Context",
     "CrossAttention",
     "Described",
     "Embedding",
+    "Experts",
+    "FirstPlace",
     "GatedMLP",
+    "GatedRMSNorm",
     "KeyValues",
     "Layer",
     "LayerNorm",
@@ -39,24 +54,35 @@ __all__ = [
     "Linear",
     "LinearScaling",
     "Llama3Scaling",
+    "Mamba2",
     "Mask",
+    "MaskedOutput",
+    "MeanPool",
     "Memory",
+    "Normalised",
     "Output",
     "Packing",
     "Parallel",
     "Part",
+    "Patches",
+    "Pooler",
     "Position",
     "PostNorm",
     "PreNorm",
     "RMSNorm",
+    "RecurrentState",
     "RelativeBuckets",
     "Rotary",
     "Sandwich",
     "Sinusoidal",
     "Slots",
+    "SpeechStem",
     "State",
     "TiedOutput",
+    "Together",
+    "TokenTypes",
     "Visibility",
+    "YarnScaling",
     "attend",
     "block_causal",
     "build",

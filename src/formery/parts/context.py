@@ -45,6 +45,7 @@ class Context:
     even: every row holds the same positions 0, 1, 2, … without gaps, so one row stands for all.
     full: no slot is padding (as where the rows are even).
     memory, memory_positions: what cross-attention reads.
+    types: which of several texts each token is of, for models that ask.
     """
 
     def __init__(
@@ -57,12 +58,13 @@ class Context:
         state: "State | None" = None,
         memory: "Context | None" = None,
         memory_hidden: Tensor | None = None,
+        types: Int[Tensor, "batch time"] | None = None,
     ):
         self.positions = positions
         self.key_positions = positions if key_positions is None else key_positions
         self.visible, self.even, self.state = visible, even and visible is None, state
         self.full = (even or full) and visible is None
-        self.memory, self.memory_hidden = memory, memory_hidden
+        self.memory, self.memory_hidden, self.types = memory, memory_hidden, types
         self._known: dict[Hashable, Any] = {}
         self._turns: Counter[Remembering] = Counter()
 

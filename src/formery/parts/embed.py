@@ -1,5 +1,7 @@
 """The way into a model from token ids, and the way out to logits."""
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -12,9 +14,11 @@ from formery.parts.position import Position
 
 
 class Embedding(Part):
-    """`norm(position(weight[token] * scale))`.
+    """`norm(position(lift(weight[token] * scale)))`.
 
-    weight: [vocabulary, width]. position, norm: what is done to the vectors, if anything.
+    weight: [vocabulary, inner], inner being the width unless given. lift: a map from inner to width, where they differ
+    (factorised embeddings; Lan et al., 2020). position, norm: what is done to the vectors, if anything. table:
+    another embedding whose weight is this one's too.
     """
 
     def __init__(
@@ -26,21 +30,48 @@ class Embedding(Part):
         scale: float = 1.0,
         dropout: float = 0.0,
         deviation: float = 0.02,
+        inner: int | None = None,
+        lift: Part | None = None,
+        table: "Embedding | None" = None,
     ):
         super().__init__()
+        shape = (vocabulary, width if inner is None else inner)
+        if table is not None and table.weight.shape != shape:
+            raise ValueError(f"a table of {list(table.weight.shape)} cannot be shared as one of {list(shape)}")
+        if lift is None and shape[1] != width:
+            raise ValueError(f"a table of width {inner} needs a map to the width {width}")
         self.vocabulary, self.width, self.position, self.norm = vocabulary, width, position, norm
         self.scale, self.dropout, self.deviation = scale, dropout, deviation
-        self.weight = normal(vocabulary, width, deviation=deviation)
+        self.inner, self.lift, self.table = inner, lift, table
+        self.weight: nn.Parameter = normal(*shape, deviation=deviation) if table is None else table.weight
 
     def forward(self, tokens: Int[Tensor, "batch time"], context: Context) -> Float[Tensor, "batch time width"]:
         hidden = nn.functional.embedding(tokens, self.weight)
         if self.scale != 1.0:
             hidden = hidden * self.scale
+        if self.lift is not None:
+            hidden = self.lift(hidden)
         if self.position is not None:
             hidden = self.position.embed(hidden, context)
         if self.norm is not None:
             hidden = self.norm(hidden)
         return nn.functional.dropout(hidden, self.dropout, self.training) if self.dropout else hidden
+
+    def places(self, tokens: Int[Tensor, "batch time"]) -> Int[Tensor, "batch time"]:
+        """The positions of the vectors that it makes: 0, 1, 2, …."""
+        return torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
+
+    def collate(
+        self, prompts: Sequence[Sequence[int]]
+    ) -> tuple[Int[Tensor, "batch time"], Int[Tensor, "batch time"] | None]:
+        """Texts as one batch, and their positions (-1: padding) where their lengths differ."""
+        longest = max(len(prompt) for prompt in prompts)
+        tokens = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts])
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        if bool((lengths == longest).all()):
+            return tokens, None
+        positions = torch.arange(longest).expand(tokens.shape)
+        return tokens, positions.masked_fill(positions >= lengths[:, None], -1)
 
 
 class Output(Part):
@@ -56,14 +87,21 @@ class Output(Part):
 
 
 class TiedOutput(Part):
-    """Logits by the embedding's own table: `soft_cap · tanh(scale · x · weightᵀ / soft_cap)`.
+    """Logits by the embedding's own table: `soft_cap · tanh(scale · lower(x) · weightᵀ / soft_cap)`.
 
-    bias: an added learned vector over the vocabulary.
+    bias: an added learned vector over the vocabulary. lower: a map to the table's width, where that is another.
     """
 
-    def __init__(self, embedding: Embedding, scale: float = 1.0, bias: bool = False, soft_cap: float | None = None):
+    def __init__(
+        self,
+        embedding: Embedding,
+        scale: float = 1.0,
+        bias: bool = False,
+        soft_cap: float | None = None,
+        lower: Part | None = None,
+    ):
         super().__init__()
-        self.embedding, self.scale, self.soft_cap = embedding, scale, soft_cap
+        self.embedding, self.scale, self.soft_cap, self.lower = embedding, scale, soft_cap, lower
         self.shift = nn.Parameter(torch.zeros(embedding.vocabulary)) if bias else None
 
     @property
@@ -72,7 +110,8 @@ class TiedOutput(Part):
         return self.shift is not None
 
     def forward(self, hidden: Float[Tensor, "batch time width"]) -> Float[Tensor, "batch time vocabulary"]:
-        scaled = hidden if self.scale == 1.0 else hidden * self.scale
+        lowered = hidden if self.lower is None else self.lower(hidden)
+        scaled = lowered if self.scale == 1.0 else lowered * self.scale
         return capped(product(scaled, self.embedding.weight, self.shift), self.soft_cap)
 
 

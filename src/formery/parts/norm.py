@@ -25,6 +25,17 @@ class LayerNorm(Part):
         return nn.functional.layer_norm(hidden, (self.width,), self.weight, self.shift, self.epsilon)
 
 
+class AcrossHeads(Part):
+    """`norm` of all heads of a token together, where queries or keys are otherwise normed head by head (OLMoE)."""
+
+    def __init__(self, norm: Part):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, heads: Float[Tensor, "batch time head dim"]) -> Float[Tensor, "batch time head dim"]:
+        return self.norm(heads.flatten(-2)).view_as(heads)
+
+
 class RMSNorm(Part):
     """`x / sqrt(mean(x²) + epsilon) * (offset + weight)` (Zhang and Sennrich, 2019).
 

@@ -221,7 +221,7 @@ def normal(*shape: int, deviation: float) -> nn.Parameter:
 
 
 def activation(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The element-wise function of that name (relu, relu2, gelu, gelu_tanh, silu, tanh, sigmoid, identity)."""
+    """The element-wise function of that name (relu, gelu, gelu_tanh, silu, …: `_ACTIVATIONS` lists them)."""
     if name not in _ACTIVATIONS:
         raise unknown("activation", name, _ACTIVATIONS)
     return _ACTIVATIONS[name]
@@ -232,6 +232,7 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu2": lambda x: torch.relu(x).square(),
     "gelu": nn.functional.gelu,
     "gelu_tanh": lambda x: nn.functional.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
     "silu": nn.functional.silu,
     "tanh": torch.tanh,
     "sigmoid": torch.sigmoid,

@@ -1,7 +1,9 @@
 """Where position enters: added to embeddings, turning queries and keys, or as a bias on scores."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from jaxtyping import Float, Int
@@ -62,8 +64,55 @@ class Sinusoidal(Position):
         return hidden + table[..., : self.width].to(hidden.dtype)
 
 
+class TokenTypes(Position):
+    """A learned vector for each kind of token (first or second text of a pair), added to the embedding.
+
+    The pass tells the kinds (`context.types`); without them every token is of kind 0.
+    """
+
+    def __init__(self, types: int, width: int):
+        super().__init__()
+        self.types, self.width = types, width
+        self.weight = normal(types, width, deviation=0.02)
+
+    def embed(self, hidden: Float[Tensor, "batch time width"], context: Context) -> Float[Tensor, "batch time width"]:
+        if context.types is None:
+            return hidden + self.weight[0]
+        return hidden + nn.functional.embedding(context.types, self.weight)
+
+
+class Together(Position):
+    """Several schemes, each at its place: what they add is added up, what they turn is turned in turn."""
+
+    def __init__(self, parts: Sequence[Position]):
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def embed(self, hidden: Float[Tensor, "batch time width"], context: Context) -> Float[Tensor, "batch time width"]:
+        for part in self.parts:
+            hidden = cast(Position, part).embed(hidden, context)
+        return hidden
+
+    def rotate(
+        self, heads: Float[Tensor, "batch time head dim"], context: Context
+    ) -> Float[Tensor, "batch time head dim"]:
+        for part in self.parts:
+            heads = cast(Position, part).rotate(heads, context)
+        return heads
+
+    def bias(self, heads: int, context: Context) -> Float[Tensor, "#batch head time slot"] | None:
+        biases = [cast(Position, part).bias(heads, context) for part in self.parts]
+        given = [bias for bias in biases if bias is not None]
+        return torch.stack(torch.broadcast_tensors(*given)).sum(0) if given else None
+
+
 class Scaling(Described):
     """Changes the frequencies of a rotary table so that it reaches further than it was trained for."""
+
+    @property
+    def magnitude(self) -> float:
+        """What turned queries and keys are multiplied by."""
+        return 1.0
 
     def __call__(self, frequencies: Float[Tensor, "half"]) -> Float[Tensor, "half"]:
         """The changed frequencies, in radians a position."""
@@ -98,6 +147,46 @@ class Llama3Scaling(Scaling):
         return frequencies * (smooth + (1 - smooth) / self.factor)
 
 
+@dataclass(frozen=True)
+class YarnScaling(Scaling):
+    """Leaves what turns fast, squeezes what turns slowly by `factor`, goes over linearly (Peng et al., 2023, eq. 23).
+
+    fast, slow: turns over original_length above which a frequency is left, and below which it is squeezed. The
+    border is looked for among the places of the table, rounded outwards if `truncate`.
+    attention: the magnitude of queries and keys, `0.1 · ln(factor) + 1` unless given.
+    """
+
+    factor: float
+    original_length: int
+    fast: float = 32.0
+    slow: float = 1.0
+    attention: float | None = None
+    truncate: bool = True
+
+    @property
+    def magnitude(self) -> float:
+        usual = 0.1 * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
+        return usual if self.attention is None else self.attention
+
+    def __call__(self, frequencies: Float[Tensor, "half"]) -> Float[Tensor, "half"]:
+        half = len(frequencies)
+        if half < 2:
+            return frequencies
+        # The table is geometric, so that its own second entry tells the step from place to place.
+        step = -math.log(float(frequencies[1]))
+
+        def place(turns: float) -> float:
+            return math.log(self.original_length / (turns * 2 * math.pi)) / step
+
+        low, high = place(self.fast), place(self.slow)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, 2 * half - 1)
+        at = torch.arange(half, device=frequencies.device, dtype=torch.float32)
+        squeezed = ((at - low) / (high - low if high != low else 0.001)).clamp(0, 1)
+        return frequencies * (1 - squeezed) + frequencies / self.factor * squeezed
+
+
 class Rotary(Position):
     """Turns pairs of query and key entries by an angle that grows with position (Su et al., 2021).
 
@@ -130,7 +219,8 @@ class Rotary(Position):
         if self.scaling is not None:
             frequencies = self.scaling(frequencies)
         angle = positions.clamp(min=0)[..., None, None] * frequencies
-        return angle.cos().to(dtype), angle.sin().to(dtype)
+        magnitude = 1.0 if self.scaling is None else self.scaling.magnitude
+        return (angle.cos() * magnitude).to(dtype), (angle.sin() * magnitude).to(dtype)
 
 
 class Alibi(Position):

@@ -228,8 +228,9 @@ class State:
         """Bytes of all storage held, measured, a storage that is shared counted once."""
         tensors = [tensor for layer in self.layers.values() for tensor in layer.tensors()]
         tensors += [self.slots.positions, *([] if self.memory_positions is None else [self.memory_positions])]
-        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-        return sum(storages.values())
+        storages = [tensor.untyped_storage() for tensor in tensors]
+        # An address would not do: on the meta device, where a state can be measured too, all are 0.
+        return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
     def of(self, part: Remembering, turn: int = 0) -> LayerState:
         """What `part` remembers of its first run (turn 0) in a pass, its second, …: weights may be shared in depth."""

@@ -1,0 +1,1 @@
+"""Models that others publish, in the layouts that they publish them in."""
