@@ -21,8 +21,10 @@ import pytest
 import torch
 from huggingface_hub import constants
 from huggingface_hub.utils import are_progress_bars_disabled, logging
+from published import saved
 from safetensors.torch import save
 
+import formery
 from formery.errors import FormeryError
 from formery.models.hub.download import fetch, headers, is_hub_id
 from formery.models.weights import INDEX, WEIGHTS, table_of
@@ -612,3 +614,18 @@ def test_the_environment_is_heeded(server: Hub, tmp_path: Path) -> None:
     assert local(folder) == SMALL
     [found, message, hosts] = run("us/small", "us/other", HF_HUB_OFFLINE="1")
     assert (found, hosts) == (str(folder), "") and message.startswith("refused: us/other is not wholly in")
+
+
+def test_a_model_of_the_hub_is_loaded_and_inspected(hub: Hub) -> None:
+    theirs, folder = saved("llama")
+    first = hub.publish("us/model", local(folder))
+    hub.publish("us/model", local(saved("gpt2")[1]))
+    found = formery.inspect("us/model", revision=first)
+    assert found.family == "Llama 2, 3" and found.parameters == theirs.num_parameters()
+    assert not (fetch("us/model", first, weights=False) / WEIGHTS).exists()
+    tokens = torch.tensor([[9, 10, 11]])
+    for model in (formery.load("us/model", revision=first), formery.load(f"us/model@{first}")):
+        torch.testing.assert_close(model(tokens), theirs(input_ids=tokens).logits)
+    assert formery.load("us/model").origin == "GPT2LMHeadModel"
+    message = refused(lambda: formery.load("us/nothing"))
+    assert "us/nothing" in message
