@@ -36,12 +36,16 @@ YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_p
 
 @dataclass(frozen=True)
 class Spec:
-    """How to make a model: its class, its configuration's settings, whether it writes text; seed: of its weights."""
+    """How to make a model: its class, its configuration's settings, whether it writes text.
+
+    seed: of its weights. generation: settings of generation besides.
+    """
 
     kind: str
     settings: dict[str, Any] = field(default_factory=dict)
     writes: bool = True
     seed: int = 0
+    generation: dict[str, Any] = field(default_factory=dict)
 
     @property
     def config(self) -> Any:
@@ -97,8 +101,8 @@ SPECS: dict[str, Spec] = {
     "bart": Spec("BartForConditionalGeneration", PAIR | {"max_position_embeddings": 160, "forced_eos_token_id": None}),
     "bart-forced": Spec(
         "BartForConditionalGeneration",
-        PAIR | {"max_position_embeddings": 160, "forced_eos_token_id": None, "forced_bos_token_id": 0}
-        | {"scale_embedding": True},
+        PAIR | {"max_position_embeddings": 160, "forced_eos_token_id": None, "scale_embedding": True},
+        generation={"forced_bos_token_id": 0},
     ),
     "marian": Spec(
         "MarianMTModel",
@@ -158,6 +162,8 @@ def saved(name: str) -> tuple[Any, Path]:
         torch.manual_seed(0)
         theirs = randomised(getattr(transformers, spec.kind)(spec.config), spec.seed)
     folder = Path(_FOLDERS.name) / name
+    if spec.generation:
+        theirs.generation_config.update(**spec.generation)
     theirs.save_pretrained(folder)
     return theirs, folder
 

@@ -16,7 +16,7 @@ from formery.models.inspection import inspect
 
 @pytest.mark.parametrize("name", sorted(SPECS))
 def test_what_is_said_is_what_is_loaded(name: str) -> None:
-    theirs, folder = saved(name)
+    _, folder = saved(name)
     found, model = inspect(folder), formery.load(folder)
     assert found.format == "Hugging Face" and found.architecture == SPECS[name].kind and found.family
     assert found.parameters == model.parameter_count()

@@ -51,8 +51,8 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(0o755)
-        for inner in temporary.iterdir():
-            inner.chmod(0o644)
+        for inner in temporary.rglob("*"):
+            inner.chmod(0o755 if inner.is_dir() else 0o644)
         if path.exists():
             aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent)) / path.name
             try:

@@ -133,19 +133,23 @@ class Tokenizer:
             both = self._wrapped(max_length, unicode_text(first), unicode_text(second))
         return both.ids, both.type_ids
 
-    def _wrapped(self, max_length: int | None, *texts: str) -> tokenizers.Encoding:
+    def _wrapped(self, max_length: int | None, first: str, second: str | None = None) -> tokenizers.Encoding:
         """One text or two, and what belongs around them, in no more tokens than `max_length` where that can be."""
-        whole = self.inner.encode(*texts)
+        whole = self.inner.encode(first, second)
         if max_length is None or len(whole) <= max_length:
             return whole
         # The library's own truncation is a setting of the tokenizer, which others may be using at the same time.
-        bare = [self.inner.encode(text, add_special_tokens=False) for text in texts]
-        room = max(0, max_length - self.inner.num_special_tokens_to_add(len(texts) == 2))
-        shorter = min(room // 2, *(len(one) for one in bare))
-        longest = max(bare, key=len) if len(bare) == 1 or len(bare[0]) > len(bare[1]) else bare[1]
-        for one in bare:
-            one.truncate(room - (len(bare) == 2) * shorter if one is longest else shorter)
-        return self.inner.post_process(*bare)
+        one = self.inner.encode(first, add_special_tokens=False)
+        other = None if second is None else self.inner.encode(second, add_special_tokens=False)
+        room = max(0, max_length - self.inner.num_special_tokens_to_add(other is not None))
+        if other is not None:
+            # The shorter text keeps all that it has, up to half of the room.
+            less = min(len(one), len(other), room // 2)
+            more = room - less
+            room, rest = (more, less) if len(one) > len(other) else (less, more)
+            other.truncate(rest)
+        one.truncate(room)
+        return self.inner.post_process(one, other)
 
     def chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> list[int]:
         """The ids of a conversation, laid out by the chat template; see `formery.data.chat.encode_chat`."""

@@ -90,33 +90,54 @@ class Reader(Part):
         result: Tensor = hidden if self.head is None else self.head(hidden, positions)
         return result
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def read(self, sources: Sequence[Any], batch: int = 32) -> list[Tensor]:
-        """The result for each source (texts, token ids, pictures), as many at a time as `batch` says.
+        """The result for each source, in order: texts, pairs of texts (tuples), token ids, or pictures.
 
-        A text longer than the model takes loses its end. Sources of like length share a batch, so that little is
-        padded; a result does not depend on its neighbours but for rounding.
+        batch: how many at a time. A text longer than the model takes loses its end. Sources of like length share a
+        batch, so that little is padded; a result does not depend on its neighbours but for rounding. Raises
+        FormeryError for a text without tokens, and for token ids that are too many.
         """
+        if isinstance(sources, str):
+            raise FormeryError("read() takes a list of texts: put the one text into a list.")
+        if batch < 1:
+            raise FormeryError(f"a batch of {batch} reads nothing; give 1 or more.")
         made = [self._prepared(one) for one in sources]
-        order = sorted(range(len(made)), key=lambda place: -len(made[place]))
+        order = sorted(range(len(made)), key=lambda place: -len(made[place][0]))
         results: dict[int, Tensor] = {}
         device = next(self.parameters()).device
         for start in range(0, len(order), batch):
             places = order[start : start + batch]
-            source, positions = self.encoder.embedding.collate([made[place] for place in places])
-            out = self(source.to(device), None if positions is None else positions.to(device))
+            source, positions = self.encoder.embedding.collate([made[place][0] for place in places])
+            types = _types([made[place] for place in places])
+            out = self(source.to(device), *(None if one is None else one.to(device) for one in (positions, types)))
             for row, place in enumerate(places):
                 padded = positions is not None and out.ndim == 3
                 results[place] = out[row, positions[row] >= 0] if padded and positions is not None else out[row]
         return [results[place] for place in range(len(made))]
 
-    def _prepared(self, source: Any) -> Any:
-        if not isinstance(source, str):
-            return source
-        if self.tokenizer is None:
-            raise FormeryError("this model has no tokenizer: give texts as token ids.")
-        tokens = self.tokenizer.prompt(source)
-        if self.max_length is not None and len(tokens) > self.max_length:
-            last = tokens[-1:] if self.tokenizer.wraps else []
-            tokens = [*tokens[: self.max_length - len(last)], *last]
-        return tokens
+    def _prepared(self, source: Any) -> tuple[Any, list[int] | None]:
+        """What the encoder takes, and for a pair which of the two each token is of."""
+        types = None
+        if isinstance(source, str) or _is_pair(source):
+            if self.tokenizer is None:
+                raise FormeryError("this model has no tokenizer: give texts as token ids.")
+            if isinstance(source, str):
+                source = self.tokenizer.prompt(source, self.max_length)
+            else:
+                source, types = self.tokenizer.pair(source[0], source[1], self.max_length)
+        if len(source) == 0:
+            raise FormeryError("a text without tokens cannot be read; leave it out.")
+        return source, types
+
+
+def _is_pair(source: Any) -> bool:
+    return isinstance(source, tuple) and len(source) == 2 and all(isinstance(one, str) for one in source)
+
+
+def _types(rows: Sequence[tuple[Any, list[int] | None]]) -> Int[Tensor, "batch time"] | None:
+    """Which text each token is of, padded with zeros; None where no row is a pair."""
+    if all(types is None for _, types in rows):
+        return None
+    told = [types or [0] * len(source) for source, types in rows]
+    return nn.utils.rnn.pad_sequence([torch.tensor(one) for one in told], batch_first=True)

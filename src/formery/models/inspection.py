@@ -68,7 +68,7 @@ def inspect(name: str | Path, revision: str | None = None) -> Inspection:
         tokenizer = published.read_tokenizer(place)
     else:
         form = "Hugging Face"
-        found = _on_hub(str(name), revision) if on_hub else weights.table_of(place)
+        found = published.renamed(_on_hub(str(name), revision) if on_hub else weights.table_of(place))
         model, chosen = published.laid_out(place, found)
         published.places(model, chosen, found)
         family, architecture = chosen.title, published.configuration(place, found).architecture

@@ -5,7 +5,9 @@ A file is mapped, not copied: a tensor that is wanted as it is stored stays wher
 
 import json
 import math
+import os
 import struct
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,13 +18,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from formery.errors import FormeryError, first_line, unknown
+from formery.errors import FormeryError, brief, first_line, shown, unknown
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack"}
 FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_LONGEST_HEADER = 100_000_000
+_LONGEST_HEADER, _MOST_DIMENSIONS, _LARGEST = 100_000_000, 64, 2**63
 _SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "BF16": 2, "F16": 2}
 _SIZES |= {"I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8}
 
@@ -91,7 +93,7 @@ def table(path: Path) -> dict[str, Entry]:
                 raise FormeryError(
                     f"{path} is truncated or no safetensors file: its header should be {length} bytes long."
                 )
-            header: Any = json.loads(file.read(length))
+            header: Any = json.loads(file.read(length).decode(), object_pairs_hook=_once)
     except OSError as error:
         raise FormeryError(f"{path} cannot be read: {error.strerror or error}.") from error
     except (ValueError, RecursionError) as error:
@@ -103,7 +105,9 @@ def table(path: Path) -> dict[str, Entry]:
     end = 0
     for name, (first, last) in sorted(places.items(), key=lambda one: one[1]):
         if first != end:
-            raise FormeryError(f"{path}: {name} overlaps another tensor, or leaves a gap before it: it is damaged.")
+            raise FormeryError(
+                f"{path}: {shown(name)} overlaps another tensor, or leaves a gap before it: it is damaged."
+            )
         end = last
     if 8 + length + end != size:
         raise FormeryError(
@@ -112,24 +116,38 @@ def table(path: Path) -> dict[str, Entry]:
     return {name: Entry(path, name, entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The table of these pairs; ValueError where a name comes twice, since readers differ in which of the two counts."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        [(name, _)] = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"{shown(name)} comes twice")
+    return found
+
+
 def _place(path: Path, name: str, entry: Any) -> tuple[int, int]:
     """Where a tensor lies behind the header; raises FormeryError where its entry contradicts itself."""
     shape, dtype, offsets = (
         (entry.get(key) if isinstance(entry, dict) else None) for key in ("shape", "dtype", "data_offsets")
     )
-    if not (isinstance(shape, list) and all(type(one) is int and one >= 0 for one in shape)):
-        raise FormeryError(f"{path}: {name} has shape {shape!r:.200}, which is none.")
+    if not _whole(shape) or len(shape) > _MOST_DIMENSIONS:
+        raise FormeryError(f"{path}: {shown(name)} has shape {brief(shape)}, which is none.")
     if not isinstance(dtype, str) or dtype not in _SIZES:
-        raise FormeryError(f"{path}: {name} has type {dtype!r:.200}, which is none of {', '.join(_SIZES)}.")
-    if not (isinstance(offsets, list) and len(offsets) == 2 and all(type(one) is int for one in offsets)):
-        raise FormeryError(f"{path}: {name} has no place in the file.")
+        raise FormeryError(f"{path}: {shown(name)} has type {brief(dtype)}, which is none of {', '.join(_SIZES)}.")
+    if not _whole(offsets) or len(offsets) != 2:
+        raise FormeryError(f"{path}: {shown(name)} has no place in the file.")
     first, last = offsets
-    if first < 0 or last - first != math.prod(shape) * _SIZES[dtype]:
+    if last - first != math.prod(shape) * _SIZES[dtype]:
         raise FormeryError(
-            f"{path}: {name} has shape {shape!r:.200} of {dtype}, which its place in the file does not hold: "
+            f"{path}: {shown(name)} has shape {brief(shape)} of {dtype}, which its place in the file does not hold: "
             "it is truncated or damaged."
         )
     return first, last
+
+
+def _whole(values: Any) -> bool:
+    """Whether these are sizes that a file can have."""
+    return isinstance(values, list) and all(type(one) is int and 0 <= one < _LARGEST for one in values)
 
 
 def _sharded(folder: Path) -> dict[str, Entry]:
@@ -142,18 +160,19 @@ def _sharded(folder: Path) -> dict[str, Entry]:
     if not isinstance(places, dict) or not places:
         raise FormeryError(f"{index} has no weight_map, so it does not tell which file holds which tensor.")
     found: dict[str, Entry] = {}
-    for file in dict.fromkeys(places.values()):
+    for file in places.values():
         # A name only, and of a weights file: an index could point anywhere.
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise FormeryError(f"{index} names {file!r:.200}, which is no safetensors file of this folder.")
-        if not (folder / file).is_file():
-            raise FormeryError(f"{folder} lacks {file}, which {INDEX} names: fetch the missing shard.")
+            raise FormeryError(f"{index} names {brief(file)}, which is no safetensors file of this folder.")
+    for file in dict.fromkeys(places.values()):
+        if not os.path.isfile(folder / file):
+            raise FormeryError(f"{folder} lacks {shown(file)}, which {INDEX} names: fetch the missing shard.")
         for name, entry in table(folder / file).items():
             if places.get(name) != file:
-                raise FormeryError(f"{folder / file} holds {name}, which {INDEX} does not place there.")
+                raise FormeryError(f"{folder / file} holds {shown(name)}, which {INDEX} does not place there.")
             found[name] = entry
     if missing := sorted(places.keys() - found.keys()):
-        raise FormeryError(f"{folder / places[missing[0]]} lacks {missing[0]}, which {INDEX} places there.")
+        raise FormeryError(f"{folder / places[missing[0]]} lacks {shown(missing[0])}, which {INDEX} places there.")
     return found
 
 
@@ -161,7 +180,7 @@ def check(path: Path, found: Mapping[str, Entry], wanted: Mapping[str, tuple[int
     """Raises FormeryError unless the tensors found are those wanted, in name, shape and kind of number."""
     missing, extra = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
     if missing or extra:
-        which = f"lacks {missing[0]}" if missing else f"has {extra[0]}, which the model does not know"
+        which = f"lacks {missing[0]}" if missing else f"has {shown(extra[0])}, which the model does not know"
         raise FormeryError(f"{path} {which} ({len(missing)} tensors missing, {len(extra)} unknown).")
     for name, shape in wanted.items():
         entry = found[name]

@@ -42,8 +42,8 @@ class MeanPool(Part):
     ) -> Float[Tensor, "batch width"]:
         if positions is None:
             return hidden.mean(1)
-        real = (positions >= 0).to(hidden.dtype)[..., None]
-        return (hidden * real).sum(1) / real.sum(1).clamp(min=1e-9)
+        padding = (positions < 0)[..., None]
+        return hidden.masked_fill(padding, 0).sum(1) / (~padding).sum(1).clamp(min=1)
 
 
 class Normalised(Part):

@@ -2,10 +2,26 @@
 
 from typing import Any
 
+from formery.models.encoder import Encoder, Reader
 from formery.models.hub.config import Config
 from formery.models.hub.names import within
 from formery.models.hub.words import activation_settings
-from formery.parts import MLP, Attention, Embedding, LayerNorm, Learned, Together, TokenTypes, everything
+from formery.parts import (
+    MLP,
+    Attention,
+    Classifier,
+    Embedding,
+    Layer,
+    LayerNorm,
+    Learned,
+    Linear,
+    MaskedOutput,
+    Pooler,
+    PostNorm,
+    Together,
+    TokenTypes,
+    everything,
+)
 
 
 def inner(config: Config, bias: bool = True) -> tuple[Attention, MLP]:
@@ -51,6 +67,30 @@ def text_embedding(config: Config, offset: int = 0) -> Embedding:
     return Embedding(config.whole("vocab_size"), width, position, norm(config))
 
 
+def text_encoder(config: Config, offset: int = 0) -> Encoder:
+    """An encoder of texts, a norm after each sub-layer; offset: as of `text_embedding`."""
+    embedding = text_embedding(config, offset)
+    layers = [
+        Layer([PostNorm(norm(config), one) for one in inner(config)])
+        for _ in range(config.layers("num_hidden_layers"))
+    ]
+    return Encoder(embedding, layers, None, config.whole("max_position_embeddings", default=512) - offset)
+
+
+def text_reader(config: Config, encoder: Encoder, name: str, activation: str) -> Reader:
+    """The encoder with the head that the architecture's name tells of; activation: of the head for missing words."""
+    assert isinstance(encoder.embedding, Embedding)
+    width, kind = encoder.embedding.width, config.architecture
+    if kind == f"{name}ForMaskedLM":
+        config.only("tie_word_embeddings", True)
+        return Reader(encoder, MaskedOutput(encoder.embedding, activation, norm(config)))
+    if kind == f"{name}ForSequenceClassification":
+        classes = labels(config)
+        return Reader(encoder, Classifier(Pooler(width), Linear(width, len(classes), True)), classes)
+    pooled = any(one.endswith("pooler.dense.weight") for one in config.holds)
+    return Reader(encoder, Pooler(width) if pooled else None)
+
+
 def text_names(base: str) -> dict[str, Any]:
     """The names of an encoder of texts, below the module `base`."""
     ours, theirs = "encoder.layers.*.sublayers", f"{base}.encoder.layer.*"
@@ -81,11 +121,13 @@ def settings(model: Any) -> dict[str, Any]:
     }
 
 
-def text_settings(model: Any) -> dict[str, Any]:
-    """The sizes of an encoder of texts."""
+def text_settings(model: Any, name: str) -> dict[str, Any]:
+    """The sizes of an encoder of texts, and the architecture that its head makes it."""
     positions, types = model.encoder.embedding.position.parts
+    kinds = {MaskedOutput: f"{name}ForMaskedLM", Classifier: f"{name}ForSequenceClassification"}
     return {
         **settings(model),
+        "architectures": [kinds.get(type(model.head), f"{name}Model")],
         "vocab_size": model.encoder.embedding.vocabulary,
         "max_position_embeddings": positions.length + positions.offset,
         "type_vocab_size": types.types,

@@ -55,7 +55,8 @@ def _parsed(path: Path) -> Any:
 class Config:
     """The settings of a checkpoint, and the names of the tensors that it holds.
 
-    Of several names given for a setting the first that is there counts; a setting that is null is not there.
+    Several names may be given for one setting; where more than one is there, they must agree. A setting that is null is
+    not there; a flag or a choice cannot be null.
     """
 
     def __init__(self, data: Mapping[str, Any], where: str = "the configuration", holds: Collection[str] = ()):
@@ -68,8 +69,12 @@ class Config:
         return named[0] if isinstance(named, list) and named and isinstance(named[0], str) else None
 
     def get(self, *names: str, default: Any = None) -> Any:
-        """The setting as it stands, or the default."""
-        return next((self.data[name] for name in names if self.data.get(name) is not None), default)
+        """The setting as it stands, or the default; FormeryError where two of its names contradict each other."""
+        told = [(name, self.data[name]) for name in names if self.data.get(name) is not None]
+        for name, value in told[1:]:
+            if value != told[0][1]:
+                raise self.wrong(name, f"contradicts {told[0][0]}, which is another name for it")
+        return told[0][1] if told else default
 
     def whole(self, *names: str, default: Any = REQUIRED, least: int = 1, most: int = MOST) -> Any:
         """A whole number within bounds."""
@@ -105,14 +110,14 @@ class Config:
 
     def flag(self, *names: str, default: Any = REQUIRED) -> bool:
         """True or false."""
-        value = self._given(names, default)
+        value = self._given(names, REQUIRED if any(name in self.data for name in names) else default)
         if type(value) is not bool:
             raise self.wrong(names[0], "should be true or false")
         return value
 
     def choice(self, *names: str, options: Mapping[str, Value], default: str | None = None) -> Value:
         """What the named option stands for."""
-        value = self._given(names, REQUIRED if default is None else default)
+        value = self._given(names, REQUIRED if any(name in self.data for name in names) or default is None else default)
         if not isinstance(value, str) or value not in options:
             raise self.wrong(names[0], f"is not known here; known are {', '.join(options)}")
         return options[value]

@@ -18,6 +18,7 @@ from formery.data.published import write_tokenizer
 from formery.errors import FormeryError
 from formery.files import atomic_folder
 from formery.models.filling import Group
+from formery.models.hub import sentences
 from formery.models.hub.anatomy import anatomy, differences
 from formery.models.hub.config import Config
 from formery.models.hub.family import FAMILIES, Family, families
@@ -38,7 +39,7 @@ def export(model: Any, path: str | Path, dtype: torch.dtype | None = None) -> Pa
     path = Path(path)
     if path.is_file() or (path.is_dir() and any(path.iterdir()) and not (path / CONFIG).is_file()):
         raise FormeryError(f"{path} holds something else than a published checkpoint; choose another folder.")
-    family, told, wanted = matching(model)
+    family, told, wanted = matching(sentences.bare(model))
     first = next(iter(model.parameters()))
     stored = str(dtype or first.dtype).removeprefix("torch.")
     tokens = _special_tokens(model)
@@ -47,6 +48,8 @@ def export(model: Any, path: str | Path, dtype: torch.dtype | None = None) -> Pa
     with atomic_folder(path) as folder:
         _write_weights(model, wanted, folder, dtype)
         _write_json(folder / CONFIG, config)
+        for name, data in sentences.files(model).items():
+            _write_json(folder / name, data)
         if hasattr(model, "step"):
             _write_json(folder / GENERATION, _generation(tokens, told))
         if getattr(model, "preprocessor", None) is not None:
@@ -142,5 +145,6 @@ def _joined(group: Group, weights: Mapping[str, Tensor], dtype: torch.dtype | No
     return whole.to(dtype or whole.dtype).contiguous()
 
 
-def _write_json(path: Path, data: Mapping[str, Any]) -> None:
+def _write_json(path: Path, data: Any) -> None:
+    path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")

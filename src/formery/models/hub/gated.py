@@ -64,8 +64,16 @@ def decoder(
 
 def masks(config: Config, kinds: list[str], size: int | None) -> list[Mask]:
     """Each layer's mask: a window where it slides."""
+    if size is None and "sliding_attention" in kinds:
+        raise config.wrong("sliding_window", "should say how far the sliding layers see")
     sliding = causal if size is None else causal & window(size)
     return [sliding if kind == "sliding_attention" else causal for kind in kinds]
+
+
+def window_mask(config: Config, usual: int | None) -> Mask:
+    """The one mask of all layers: a window, or none where the setting is null."""
+    size = config.optional("sliding_window", usual)
+    return causal if size is None else causal & window(size)
 
 
 def mask_settings(model: Any) -> dict[str, Any]:

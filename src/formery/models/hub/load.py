@@ -12,6 +12,7 @@ from formery.errors import FormeryError, first_line
 from formery.models import weights
 from formery.models.conventions import Conventions, tokens
 from formery.models.filling import Group, fill
+from formery.models.hub import sentences
 from formery.models.hub.config import Config, read_json
 from formery.models.hub.family import Family, family_of
 from formery.models.hub.names import groups
@@ -31,14 +32,24 @@ def is_published(folder: Path) -> bool:
 
 def load(folder: Path, dtype: torch.dtype | None, device: str | torch.device) -> Any:
     """The model in a published folder; raises FormeryError, saying what and where, for anything that does not fit."""
-    found = weights.table_of(folder)
+    found = renamed(weights.table_of(folder))
     model, family = laid_out(folder, found)
     wanted = places(model, family, found)
     fill(model, wanted, found, dtype, device)
-    model.tokenizer = read_tokenizer(folder)
+    model.tokenizer = sentences.lowering(folder, read_tokenizer(folder))
     if (folder / PREPROCESSOR).is_file() and hasattr(model, "preprocessor"):
         model.preprocessor = read_json(folder / PREPROCESSOR)
     return model.eval()
+
+
+def renamed(found: Mapping[str, Entry]) -> dict[str, Entry]:
+    """The tensors by today's names: the first BERTs called a norm's weight gamma, and its bias beta."""
+    endings = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+    named = {}
+    for name, entry in found.items():
+        old = next((one for one in endings if name.endswith(one)), "")
+        named[name.removesuffix(old) + endings.get(old, "")] = entry
+    return named
 
 
 def laid_out(folder: Path, found: Mapping[str, Entry]) -> tuple[Any, Family]:
@@ -52,6 +63,7 @@ def laid_out(folder: Path, found: Mapping[str, Entry]) -> tuple[Any, Family]:
         raise FormeryError(
             f"{config.where} tells of a {family.title} that cannot be built ({first_line(error)})."
         ) from error
+    model = sentences.headed(folder, model)
     model.conventions = conventions(config)
     model.origin = family.architectures[0]
     return model, family

@@ -39,7 +39,11 @@ def layers(
     config: Config, side: str, residual: Residual, finish: Callable[[Any], Part] = lambda part: part
 ) -> list[Part]:
     """The layers of one side; residual: how a norm and a sub-layer are put together. finish: a change of attention."""
-    width, heads = config.whole("d_model"), config.whole(f"{side}_attention_heads", "num_attention_heads")
+    config.only("is_encoder_decoder", True)
+    # Names that speak of no side speak of the encoder.
+    reading = side == "encoder"
+    width = config.whole("d_model", "hidden_size")
+    heads = config.whole(f"{side}_attention_heads", *(("num_attention_heads",) if reading else ()))
     hidden, act = config.whole(f"{side}_ffn_dim"), config.activation("activation_function", default="gelu")
 
     def layer() -> Layer:
@@ -49,7 +53,8 @@ def layers(
             parts.insert(1, finish(CrossAttention(width, heads, bias=True)))
         return Layer([residual(LayerNorm(width), one) for one in parts])
 
-    return [layer() for _ in range(config.layers(f"{side}_layers", "num_hidden_layers"))]
+    names = ("num_hidden_layers",) if reading else ()
+    return [layer() for _ in range(config.layers(f"{side}_layers", *names))]
 
 
 def settings(model: Any) -> dict[str, Any]:

@@ -30,7 +30,8 @@ def scaling(told: Config) -> Scaling | None:
     if kind not in ("linear", "llama3", "yarn"):
         raise told.wrong("rope_type", f"({kind!r:.100}) is not known here; known are default, linear, llama3, yarn")
     factor = told.real("factor", least=1e-3)
-    trained = told.whole("original_max_position_embeddings", "max_position_embeddings", default=2048)
+    length = told.whole("max_position_embeddings", default=2048)
+    trained = told.whole("original_max_position_embeddings", default=length)
     if kind == "linear":
         return LinearScaling(factor)
     if kind == "llama3":
@@ -73,8 +74,8 @@ def rope_settings(position: Position | None) -> dict[str, Any]:
             "truncate": position.scaling.truncate,
             **({} if position.scaling.attention is None else {"attention_factor": position.scaling.attention}),
         }
-    older = {"rope_scaling": table} if position.scaling is not None else {}
+    older: dict[str, Any] = {"rope_scaling": table} if position.scaling is not None else {}
     newer = {**table, "rope_theta": position.base}
     if position.fraction != 1.0:
-        newer["partial_rotary_factor"] = position.fraction
+        newer["partial_rotary_factor"] = older["partial_rotary_factor"] = position.fraction
     return {"rope_theta": position.base, **older, "rope_parameters": newer}

@@ -28,7 +28,8 @@ def build(config: Config) -> Decoder:
     """Scores may be scaled down with the layer's number."""
     config.only("add_cross_attention", False)
     width, heads = config.whole("n_embd", "hidden_size"), config.whole("n_head", "num_attention_heads", most=65536)
-    length, hidden = config.whole("n_positions", default=1024), config.whole("n_inner", default=4 * width)
+    length = config.whole("n_positions", "max_position_embeddings", default=1024)
+    hidden = config.whole("n_inner", default=4 * width)
     by_layer = config.flag("scale_attn_by_inverse_layer_idx", default=False)
     scale = (width / heads) ** -0.5 if config.flag("scale_attn_weights", default=True) else 1.0
 

@@ -24,12 +24,13 @@ def build(config: Config) -> EncoderDecoder:
     width, length = config.whole("d_model"), config.whole("max_position_embeddings", default=1024)
     scale = width**0.5 if config.flag("scale_embedding", default=False) else 1.0
 
-    def embedding(*size: str) -> Embedding:
-        return Embedding(config.whole(*size), width, Sinusoidal(width, interleaved=False), scale=scale)
+    def embedding(size: int) -> Embedding:
+        return Embedding(size, width, Sinusoidal(width, interleaved=False), scale=scale)
 
-    source = embedding("vocab_size")
+    read = config.whole("vocab_size")
+    source = embedding(read)
     shared = config.flag("share_encoder_decoder_embeddings", default=True)
-    target = source if shared else embedding("decoder_vocab_size", "vocab_size")
+    target = source if shared else embedding(config.whole("decoder_vocab_size", default=read))
     output = TiedOutput(target, bias="final_logits_bias" in config.holds)
     encoder = Encoder(source, pairs.layers(config, "encoder", PostNorm), None, length)
     decoder = Decoder(target, pairs.layers(config, "decoder", PostNorm), None, output, length)

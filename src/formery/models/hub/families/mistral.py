@@ -10,7 +10,7 @@ from formery.models.hub.family import Family, register
 
 def build(config: Config) -> Decoder:
     """Every layer sees a window, or everything where there is none."""
-    [mask] = gated.masks(config, ["sliding_attention"], config.optional("sliding_window", 4096))
+    mask = gated.window_mask(config, 4096)
     return gated.decoder(
         config, lambda _: gated.prenorm(config, gated.attention(config, mask=mask), gated.gated(config))
     )

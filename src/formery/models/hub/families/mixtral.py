@@ -27,7 +27,7 @@ def experts(config: Config) -> Experts:
 
 def build(config: Config) -> Decoder:
     """Windows as in Mistral."""
-    [mask] = gated.masks(config, ["sliding_attention"], config.optional("sliding_window", None))
+    mask = gated.window_mask(config, None)
     config = config.replaced(rms_norm_eps=config.real("rms_norm_eps", default=1e-5))
     base = {"position": gated.rotary(config, 1e6), "mask": mask}
     return gated.decoder(

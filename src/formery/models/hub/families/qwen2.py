@@ -12,7 +12,7 @@ from formery.parts import Mask
 def windows(config: Config) -> list[Mask]:
     """Each layer's mask: a window from the layer `max_window_layers` on, where windows are used."""
     used = config.flag("use_sliding_window", default=False)
-    size = config.whole("sliding_window", default=4096) if used else None
+    size = config.optional("sliding_window", 4096) if used else None
     count, full = config.layers("num_hidden_layers"), config.whole("max_window_layers", default=28, least=0)
     usual = ["sliding_attention" if used and layer >= full else "full_attention" for layer in range(count)]
     return gated.masks(config, config.kinds("layer_types", count, ("full_attention", "sliding_attention"), usual), size)

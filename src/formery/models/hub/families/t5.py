@@ -45,10 +45,14 @@ def names(model: Any) -> Names:
 
 def build(config: Config) -> EncoderDecoder:
     """Scores are not scaled; logits of a tied table are, by 1 / sqrt(width), but for v1.1."""
-    width, heads, dim = config.whole("d_model"), config.whole("num_heads"), config.whole("d_kv", default=64)
+    config.only("is_encoder_decoder", True)
+    width, heads = config.whole("d_model", "hidden_size"), config.whole("num_heads", "num_attention_heads")
+    dim = config.whole("d_kv", "head_dim", default=64)
     form = config.get("feed_forward_proj", default="relu")
     gated, _, act = form.rpartition("-") if isinstance(form, str) else ("", "", form)
     act = "gelu_new" if form == "gated-gelu" else act
+    config.only("dense_act_fn", act)
+    config.only("is_gated_act", gated == "gated")
     feedforward = {"": MLP, "gated": GatedMLP}.get(gated)
     if feedforward is None:
         raise config.wrong("feed_forward_proj", "should be an activation, or gated- and an activation")
@@ -83,7 +87,8 @@ def build(config: Config) -> EncoderDecoder:
     count = config.layers("num_layers", "num_hidden_layers")
     encoder = Encoder(embedding, stack(count, False), norm())
     layers = stack(config.layers("num_decoder_layers", default=count), True)
-    start = config.whole("decoder_start_token_id", "pad_token_id", default=0, least=0)
+    pad = config.whole("pad_token_id", default=0, least=0)
+    start = config.whole("decoder_start_token_id", default=pad, least=0)
     return EncoderDecoder(encoder, Decoder(embedding, layers, norm(), output), start, prefix(config))
 
 

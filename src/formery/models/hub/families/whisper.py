@@ -30,6 +30,7 @@ def keyless(attention: Any) -> Any:
 def build(config: Config) -> EncoderDecoder:
     """Sound goes in, text comes out."""
     config.only("scale_embedding", False)
+    config.only("num_key_value_heads", config.whole("encoder_attention_heads"))
     config.only("tie_word_embeddings", True)
     width, length = config.whole("d_model"), config.whole("max_target_positions", default=448)
     mels, places = config.whole("num_mel_bins", default=80), config.whole("max_source_positions", default=1500)
