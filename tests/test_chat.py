@@ -63,7 +63,7 @@ INSTRUCTIONS = """
 
 TURNS = """{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('No system role') }}{% endif %}
 {% for message in messages %}
-{% if message['role'] == 'assistant' %}{% set role = 'model' %}{% else %}{% set role = message['role'] %}{% endif %}
+    {% if message['role'] == 'assistant' %}{% set role = 'model' %}{% else %}{% set role = message['role'] %}{% endif %}
 {{ '<|im_start|>' + role + '\n' + message['content'] | trim + '<|im_end|>\n' }}
 {% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>model\n' }}{% endif %}"""
 
@@ -217,13 +217,13 @@ def test_what_a_template_refuses_is_told() -> None:
 
 
 def test_several_templates_have_names_and_the_default_comes_first() -> None:
-    own = tokenizer_with({"tools": "T{{ messages[0].content }}", "default": "D{{ messages[0].content }}"})
+    own = tokenizer_with({"also": "T{{ messages[0].content }}", "default": "D{{ messages[0].content }}"})
     messages = [{"role": "user", "content": "x"}]
-    assert list(own.chat_templates) == ["default", "tools"]
+    assert list(own.chat_templates) == ["default", "also"]
     assert own.chat_template == "D{{ messages[0].content }}"
     assert own.decode(own.chat(messages)) == "Dx"
-    assert own.decode(encode_chat(own, messages, template="tools")) == "Tx"
-    with pytest.raises(FormeryError, match="no chat template named 'rag' .it has default, tools"):
+    assert own.decode(encode_chat(own, messages, template="also")) == "Tx"
+    with pytest.raises(FormeryError, match="no chat template named 'rag' .it has default, also"):
         encode_chat(own, messages, template="rag")
 
 

@@ -117,7 +117,7 @@ def table(path: Path) -> dict[str, Entry]:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The table of these pairs; ValueError where a name comes twice, since readers differ in which of the two counts."""
+    """The table of these pairs; ValueError where a name comes twice: readers differ in which of the two counts."""
     found = dict(pairs)
     if len(found) < len(pairs):
         [(name, _)] = Counter(name for name, _ in pairs).most_common(1)
@@ -127,9 +127,10 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _place(path: Path, name: str, entry: Any) -> tuple[int, int]:
     """Where a tensor lies behind the header; raises FormeryError where its entry contradicts itself."""
-    shape, dtype, offsets = (
-        (entry.get(key) if isinstance(entry, dict) else None) for key in ("shape", "dtype", "data_offsets")
-    )
+    told: list[Any] = [
+        entry.get(key) if isinstance(entry, dict) else None for key in ("shape", "dtype", "data_offsets")
+    ]
+    shape, dtype, offsets = told
     if not _whole(shape) or len(shape) > _MOST_DIMENSIONS:
         raise FormeryError(f"{path}: {shown(name)} has shape {brief(shape)}, which is none.")
     if not isinstance(dtype, str) or dtype not in _SIZES:
