@@ -115,7 +115,7 @@ class Base:
 def base(name: str) -> Base:
     """The checkpoint of that name, in a folder of its own."""
     kind, _, form = name.partition(" ")
-    folder = Path(mkdtemp()) / "damaged"
+    folder = Path(mkdtemp(dir=_FOLDERS.name)) / "damaged"
     theirs, _source = saved(kind)
     theirs.save_pretrained(folder, max_shard_size="8KB" if form == "sharded" else "1GB")
     prefix, copies = f"{theirs.base_model_prefix}.", dict[str, str]()
