@@ -429,6 +429,7 @@ def test_two_parts_cannot_have_one_name() -> None:
         ("relu2", lambda x: x.clamp(min=0) ** 2),
         ("gelu", lambda x: x * 0.5 * (1 + torch.erf(x / 2**0.5))),
         ("gelu_tanh", lambda x: 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))),
+        ("quick_gelu", lambda x: x / (1 + torch.exp(-1.702 * x))),
         ("silu", lambda x: x / (1 + torch.exp(-x))),
         ("tanh", lambda x: (torch.exp(2 * x) - 1) / (torch.exp(2 * x) + 1)),
         ("sigmoid", lambda x: 1 / (1 + torch.exp(-x))),

@@ -169,13 +169,14 @@ def test_sentence_transformers_there_and_back(name: str, mode: str, normalised: 
 
 
 def test_exported_folders_can_be_read_by_everyone(tmp_path: Path) -> None:
-    folder = sentences(tmp_path / "model", pooling=flags("mean_tokens"))
+    folder = sentences(tmp_path / "model", pooling=flags("mean_tokens"), encoder={"max_seq_length": 12})
     out = export(formery.load(folder), tmp_path / "out")
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in out.rglob("*")}
     assert modes.pop("1_Pooling") == 0o755 and set(modes.values()) == {0o644}
     config = json.loads((out / "config.json").read_text())
     assert config["architectures"] == ["BertModel"] and config["max_position_embeddings"] == 100
-    assert not any("pooler" in name for name in formery.load(out).state_dict())
+    again = formery.load(out)
+    assert again.max_length == 12 and not any("pooler" in name for name in again.state_dict())
 
 
 def test_a_sentence_encoder_in_our_own_folder(tmp_path: Path) -> None:

@@ -66,7 +66,8 @@ class Embedding(Part):
     ) -> tuple[Int[Tensor, "batch time"], Int[Tensor, "batch time"] | None]:
         """Texts as one batch, and their positions (-1: padding) where their lengths differ."""
         longest = max(len(prompt) for prompt in prompts)
-        tokens = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts])
+        rows = [[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts]
+        tokens = torch.tensor(rows, dtype=torch.long)
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         if bool((lengths == longest).all()):
             return tokens, None
