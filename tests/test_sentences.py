@@ -429,6 +429,9 @@ def test_a_cross_encoder(tmp_path: Path) -> None:
     model = formery.load(tmp_path / "theirs")
     expected = theirs.predict(PAIRS, activation_fn=torch.nn.Identity())
     close(torch.stack(model.read(PAIRS, batch=2)), expected, 1e-4)
+    export(model, tmp_path / "ours")
+    again = library.CrossEncoder(str(tmp_path / "ours"), device="cpu")
+    close(torch.tensor(again.predict(PAIRS, activation_fn=torch.nn.Identity())), expected, 1e-4)
 
 
 # ---- real weights ----

@@ -44,6 +44,9 @@ def write_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
     folder = Path(folder)
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     config |= tokenizer.tokens
+    if any(tokenizer.pair("", "")[1]):
+        # The generic class leaves away which of two texts a token is of, unless told.
+        config["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
     if tokenizer.maximum_length is not None:
         config["model_max_length"] = tokenizer.maximum_length
     templates = tokenizer.chat_templates
