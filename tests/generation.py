@@ -130,6 +130,12 @@ class Said:
     def select(self, rows: Int[Tensor, "rows"]) -> None:
         self.tokens = self.tokens[rows]
 
+    def check_rollback(self, lengths: Sequence[int]) -> None:
+        pass
+
+    def check_keep(self, counts: Sequence[int]) -> None:
+        pass
+
     def rollback(self, lengths: Sequence[int]) -> None:
         pass
 

@@ -202,9 +202,9 @@ def their_logits(theirs: Any, source: Tensor, target: Tensor | None = None) -> T
 
 
 @torch.no_grad()
-def their_text(theirs: Any, prompts: list[Any], length: int, pad: int) -> list[list[int]]:
-    """What transformers writes greedily after prompts of unequal lengths, without end and padding tokens."""
-    options: dict[str, Any] = {"max_new_tokens": length, "do_sample": False}
+def their_text(theirs: Any, prompts: list[Any], length: int, pad: int, **more: Any) -> list[list[int]]:
+    """What transformers writes, greedily unless told otherwise, after prompts of unequal lengths, up to its end."""
+    options: dict[str, Any] = {"max_new_tokens": length, "do_sample": False, **more}
     pair = theirs.config.is_encoder_decoder
     if isinstance(prompts[0], Tensor):
         out = GenerationMixin.generate(theirs, input_features=torch.stack(prompts), **options)
@@ -216,7 +216,8 @@ def their_text(theirs: Any, prompts: list[Any], length: int, pad: int) -> list[l
         seen = seen if pair else [one[::-1] for one in seen]
         out = theirs.generate(input_ids=torch.tensor(rows), attention_mask=torch.tensor(seen), **options)
         out = out if pair else out[:, longest:]
-    end = theirs.generation_config.eos_token_id
+    given = theirs.generation_config.eos_token_id
+    ends = given if isinstance(given, list) else [given]
     written = [row[1:] if pair else row for row in out.tolist()]
-    return [row[: row.index(end)] if end in row else row for row in written]
+    return [row[: min([row.index(end) for end in ends if end in row], default=None)] for row in written]
 

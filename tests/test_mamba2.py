@@ -31,6 +31,7 @@ from formery.parts import (
     RecurrentState,
     RMSNorm,
     Rotary,
+    State,
     build,
 )
 from formery.parts.mixers.mamba2 import CHUNK
@@ -362,11 +363,46 @@ def test_going_back_too_far_is_told() -> None:
     assert own.folded == [1, 22]
     with pytest.raises(FormeryError, match="row 1 cannot be taken back to 21 tokens.*to 22 of its 22 only.*reach"):
         state.rollback([1, 21])
-    # What failed half-way is not gone on with in silence; from the beginning all is well.
-    with pytest.raises(FormeryError, match="begin a new state"):
-        model.step(tokens[:, :1], state)
-    state.rollback([0, 0])
-    torch.testing.assert_close(model.step(tokens[:, :9], state), model(tokens[:, :9]), **CLOSE)
+    # Nothing has changed: the state can be read on from where it was.
+    torch.testing.assert_close(
+        model.step(tokens[:, :9], state)[1], model(torch.cat((tokens[1, :22], tokens[1, :9]))[None])[0, -9:], **CLOSE
+    )
+
+
+def remembered(state: State) -> list[Any]:
+    """All that a state holds, in values of its own."""
+    slots = state.slots
+    own = [(one.folded[:], one.lengths[:]) for one in state.layers.values() if isinstance(one, RecurrentState)]
+    held = [tensor.clone() for layer in state.layers.values() for tensor in layer.tensors()]
+    return [slots.used[:], slots.lengths[:], slots.ordered, own, slots.positions.clone(), *held]
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+@torch.no_grad()
+def test_what_is_refused_changes_nothing(name: str) -> None:
+    """Not in the layers before the one that refuses, nor in the slots; later passes are as if nobody had asked."""
+    model, tokens = MODELS[name](), torch.randint(VOCABULARY, (2, 40))
+    if name == "two layers":  # the first could go back further than the second
+        model.layers[1].sublayers[0].inner.reach = 1
+    state = model.start(2, 4)
+    for time in (9, *[1] * 7):
+        model.step(tokens[:, state.lengths[0] : state.lengths[0] + time], state)
+    before = remembered(state)
+    folded = max(max(one.folded) for one in recurrent(model, state))
+    alone = torch.ones(2, 16, dtype=torch.bool)
+    alone[1, 5] = False
+    refused: list[tuple[Callable[[], None], str]] = [
+        (lambda: state.rollback([16, folded - 1]), "row 1 cannot be taken back"),
+        (lambda: state.rollback([0, 1]), "row 1 cannot be taken back"),
+        (lambda: state.rollback([17, 3]), "cannot roll a state"),
+        (lambda: state.keep(alone), "cannot drop single tokens"),
+    ]
+    for ask, says in refused:
+        with pytest.raises(FormeryError, match=says):
+            ask()
+        for one, other in zip(remembered(state), before, strict=True):
+            assert torch.equal(one, other) if isinstance(one, Tensor) else one == other
+    torch.testing.assert_close(model.step(tokens[:, 16:20], state), model(tokens[:, :20])[:, 16:], **CLOSE)
 
 
 @torch.no_grad()

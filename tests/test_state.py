@@ -380,6 +380,21 @@ def test_room_asked_for_is_room_enough() -> None:
     assert state.nbytes == before == held_bytes(model, state)
 
 
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_a_state_without_memory_tells_the_bytes_that_it_would_take(name: str) -> None:
+    """Also where tensors have no address by which to tell them apart; what is shared is counted once there too."""
+    model = MODELS[name]()
+    with torch.device("meta"):
+        twin = MODELS[name]()
+    for batch, capacity in ((1, 1), (3, 70)):
+        real, laid_out = model.start(batch, capacity), twin.start(batch, capacity)
+        assert laid_out.slots.positions.is_meta and laid_out.nbytes == real.nbytes == held_bytes(model, real)
+        before = real.nbytes
+        for state in (real, laid_out):
+            state.memory_positions = state.slots.positions[:, :1]
+        assert laid_out.nbytes == real.nbytes == before
+
+
 def test_impossible_rollbacks() -> None:
     model = MODELS["learned"]()
     state = model.start(2, 4)

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from formery.errors import FormeryError
 from formery.generate.settings import Settings
 
 Rule = Callable[[Tensor, Tensor | None, int, float], Tensor | None]
@@ -17,6 +18,7 @@ def penalised(
     """Logits of tokens in `history` divided (if positive) or multiplied by the penalty (Keskar et al., 2019).
 
     Those of suppressed tokens become -inf. first: whether the token to come is the first that is written.
+    Raises FormeryError where no token is left.
     """
     if settings.repetition_penalty != 1.0 and history:
         seen = torch.tensor(sorted(set(history)), device=logits.device)
@@ -26,6 +28,8 @@ def penalised(
     suppressed = settings.suppressed | settings.suppressed_first if first else settings.suppressed
     if suppressed:
         tokens = sorted(token for token in suppressed if token < len(logits))
+        if len(tokens) == len(logits):
+            raise FormeryError("all tokens are suppressed, so that none can be written: suppress fewer.")
         logits = logits.index_fill(0, torch.tensor(tokens, dtype=torch.long, device=logits.device), -torch.inf)
     return logits
 

@@ -39,6 +39,9 @@ class Settings:
     def __post_init__(self) -> None:
         if not isinstance(self.stop, tuple) or any(not isinstance(one, str) or not one for one in self.stop):
             raise FormeryError("stop must be a list of strings that are not empty.")
+        for name in ("stop_tokens", "suppressed", "suppressed_first"):
+            if wrong := [one for one in getattr(self, name) or () if type(one) is not int or one < 0]:
+                raise FormeryError(f"{name} must be token ids, not {wrong[0]!r}.")
         for name, whole in (("max_new_tokens", self.max_new_tokens), ("top_k", self.top_k)):
             if whole is not None and not isinstance(whole, int):
                 raise FormeryError(f"{name} must be a whole number, not {whole!r}.")

@@ -160,18 +160,26 @@ class RecurrentState:
         self.folded = [self.folded[row] for row in rows.tolist()]
         self.lengths = [self.lengths[row] for row in rows.tolist()]
 
-    def rollback(self, lengths: Sequence[int]) -> None:
-        """Forgets tokens at positions from lengths[row] on.
-
-        Raises FormeryError where that is further back than the snapshot, and not the very beginning.
-        """
-        shorter = [row for row, length in enumerate(lengths) if length < self.lengths[row]]
-        for row in shorter:
-            if 0 < lengths[row] < self.folded[row]:
+    def check_rollback(self, lengths: Sequence[int]) -> None:
+        """Raises FormeryError where that is further back than the snapshot, and not the very beginning."""
+        for row, length in enumerate(lengths):
+            if 0 < length < self.folded[row]:
                 raise FormeryError(
-                    f"row {row} cannot be taken back to {lengths[row]} tokens: a recurrent layer has kept the way back "
+                    f"row {row} cannot be taken back to {length} tokens: a recurrent layer has kept the way back "
                     f"to {self.folded[row]} of its {self.lengths[row]} only; give it a longer `reach`."
                 )
+
+    def check_keep(self, counts: Sequence[int]) -> None:
+        """Raises FormeryError where tokens, not just padding, would be dropped."""
+        if list(counts) != self.lengths:
+            raise FormeryError(
+                "a recurrent layer cannot drop single tokens of what it has read: drop none, or take the last ones "
+                "back with `rollback`."
+            )
+
+    def rollback(self, lengths: Sequence[int]) -> None:
+        """Forgets tokens at positions from lengths[row] on."""
+        shorter = [row for row, length in enumerate(lengths) if length < self.lengths[row]]
         if not shorter:
             return
         for row in shorter:
@@ -188,12 +196,7 @@ class RecurrentState:
         self.carried = tuple(one.index_copy(0, rows, new) for one, new in zip(self.carried, carried, strict=True))
 
     def gather(self, slots: Int[Tensor, "batch slot"]) -> None:
-        """Nothing to move: there are no slots; FormeryError where tokens, not just padding, have been dropped."""
-        if self.slots.used != self.lengths:
-            raise FormeryError(
-                "a recurrent layer cannot drop single tokens of what it has read: drop none, or take the last ones "
-                "back with `rollback`."
-            )
+        """Nothing to move: there are no slots."""
 
     def grow(self, capacity: int) -> None:
         """Nothing to do: what is carried does not grow with the text."""

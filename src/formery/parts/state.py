@@ -20,6 +20,12 @@ class LayerState(Protocol):
     def select(self, rows: Int[Tensor, "rows"]) -> None:
         """Keeps these rows of the batch, in this order (rows may repeat)."""
 
+    def check_rollback(self, lengths: Sequence[int]) -> None:
+        """Raises FormeryError where `rollback` could not be done; changes nothing."""
+
+    def check_keep(self, counts: Sequence[int]) -> None:
+        """Raises FormeryError where it cannot be left with counts[row] of its tokens, any of them; changes nothing."""
+
     def rollback(self, lengths: Sequence[int]) -> None:
         """Forgets tokens at positions from lengths[row] on."""
 
@@ -117,8 +123,7 @@ class Slots:
     def keep(self, slots: Bool[Tensor, "batch slot"]) -> Int[Tensor, "batch filled"]:
         """Empties the slots that are False and moves the others up; returns the slots in their new order."""
         filled = self.filled
-        positions = self.positions[:, :filled]
-        kept = slots[:, :filled].bool() & (positions >= 0)
+        positions, kept = self.positions[:, :filled], self.kept(slots)
         order = (~kept).int().argsort(dim=1, stable=True)
         counts = kept.sum(1)
         behind = torch.arange(filled, device=slots.device) >= counts[:, None]
@@ -126,6 +131,10 @@ class Slots:
         self.used = counts.tolist()
         self.ordered = self._in_order()
         return order
+
+    def kept(self, slots: Bool[Tensor, "batch slot"]) -> Bool[Tensor, "batch filled"]:
+        """Which of the filled slots hold a token and are True."""
+        return slots[:, : self.filled].bool() & (self.positions[:, : self.filled] >= 0)
 
     def _in_order(self) -> bool:
         """Whether slot j of each row holds position j, from the first to the last."""
@@ -168,6 +177,12 @@ class KeyValues:
     def select(self, rows: Int[Tensor, "rows"]) -> None:
         self.keys, self.values = self.keys[rows], self.values[rows]
 
+    def check_rollback(self, lengths: Sequence[int]) -> None:
+        """It can always be done."""
+
+    def check_keep(self, counts: Sequence[int]) -> None:
+        """It can always be done."""
+
     def rollback(self, lengths: Sequence[int]) -> None:
         """Nothing to do: an emptied slot is not seen, and is written over."""
 
@@ -191,6 +206,12 @@ class Memory:
 
     def select(self, rows: Int[Tensor, "rows"]) -> None:
         self.keys, self.values = self.keys[rows], self.values[rows]
+
+    def check_rollback(self, lengths: Sequence[int]) -> None:
+        """It can always be done."""
+
+    def check_keep(self, counts: Sequence[int]) -> None:
+        """It can always be done."""
 
     def rollback(self, lengths: Sequence[int]) -> None:
         """Nothing to do: the memory does not depend on the tokens."""
@@ -250,10 +271,13 @@ class State:
     def rollback(self, lengths: Sequence[int]) -> None:
         """Takes tokens back: row i keeps those at positions below lengths[i].
 
-        Raises FormeryError where a row has fewer tokens than it is asked to keep.
+        Raises FormeryError, and changes nothing, where a row has fewer tokens than it is asked to keep, or a layer
+        cannot go back that far.
         """
         if len(lengths) != self.batch or any(a > b or a < 0 for a, b in zip(lengths, self.slots.lengths, strict=True)):
             raise FormeryError(f"cannot roll a state of lengths {self.lengths} back to {list(lengths)}.")
+        for layer in self.layers.values():
+            layer.check_rollback(lengths)
         self.slots.rollback(lengths)
         for layer in self.layers.values():
             layer.rollback(lengths)
@@ -275,8 +299,12 @@ class State:
     def keep(self, slots: Bool[Tensor, "batch slot"]) -> None:
         """Drops the slots that are False; the others move up, with the positions they had.
 
-        Later tokens do not see what was dropped; positions go on counting as if it were still there.
+        Later tokens do not see what was dropped; positions go on counting as if it were still there. Raises
+        FormeryError, and changes nothing, where a layer cannot do without a single token.
         """
+        counts = self.slots.kept(slots).sum(1).tolist()
+        for layer in self.layers.values():
+            layer.check_keep(counts)
         order = self.slots.keep(slots)
         for layer in self.layers.values():
             layer.gather(order)
