@@ -207,3 +207,35 @@ def test_an_old_bert(tmp_path: Path) -> None:
     source, _ = inputs("bert-words")
     ours = logits_of(formery.load(tmp_path), "bert-words", theirs=False)
     torch.testing.assert_close(ours, their_logits(theirs, source), rtol=1e-4, atol=1e-4)
+
+
+ROPE = {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}
+
+
+def with_settings(name: str, change: dict[str, Any], folder: Path) -> Path:
+    (folder / "model.safetensors").symlink_to(saved(name)[1] / "model.safetensors")
+    config = json.loads((saved(name)[1] / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    return folder
+
+
+def test_an_empty_table_hides_no_other(tmp_path: Path) -> None:
+    folder = with_settings("llama", {"rope_scaling": {}, "rope_parameters": ROPE}, tmp_path)
+    theirs = loaded_by_them("llama", folder)
+    assert theirs is not None
+    torch.testing.assert_close(logits_of(formery.load(folder), "llama", False), theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "says"),
+    [
+        ("llama", {"rope_parameters": ROPE | {"partial_rotary_factor": 0.5}}, "turn whole heads"),
+        ("gpt-neox", {"rope_parameters": {"partial_rotary_factor": 0.4}}, "turned in pairs"),
+        ("gpt-neox", {"rope_parameters": None, "rope_theta": 7.0}, "is called rotary_emb_base in this family"),
+        ("gpt-neox", {"head_dim": 5}, "head_dim"),
+        ("llama3", {"original_max_position_embeddings": 77}, "original_max_position_embeddings"),
+    ],
+)
+def test_positions_that_cannot_be(name: str, change: dict[str, Any], says: str, tmp_path: Path) -> None:
+    with pytest.raises(FormeryError, match=says):
+        formery.load(with_settings(name, change, tmp_path))

@@ -6,7 +6,7 @@ from typing import Any
 from formery.models.decoder import Decoder
 from formery.models.hub.config import Config
 from formery.models.hub.names import Names, within
-from formery.models.hub.rope import rope_settings, rotary
+from formery.models.hub.rope import fitting, rope_settings, rotary
 from formery.models.hub.words import activation_settings, output, output_settings
 from formery.parts import Attention, Embedding, GatedMLP, Layer, Mask, Part, PreNorm, RMSNorm, causal, window
 
@@ -36,7 +36,8 @@ def attention(config: Config, **more: Any) -> Attention:
     heads = config.whole("num_attention_heads")
     groups = config.whole("num_key_value_heads", default=heads)
     more = {"position": rotary(config), **more}
-    return Attention(config.whole("hidden_size"), heads, groups, config.whole("head_dim", default=None), **more)
+    own = Attention(config.whole("hidden_size"), heads, groups, config.whole("head_dim", default=None), **more)
+    return fitting(config, own)
 
 
 def gated(config: Config, *size: str, bias: bool = False) -> GatedMLP:

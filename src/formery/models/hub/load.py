@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from formery.data.published import read_tokenizer
-from formery.errors import FormeryError, first_line
+from formery.errors import FormeryError, first_line, shown
 from formery.models import weights
 from formery.models.conventions import Conventions, tokens
 from formery.models.filling import Group, fill
@@ -43,12 +43,18 @@ def load(folder: Path, dtype: torch.dtype | None, device: str | torch.device) ->
 
 
 def renamed(found: Mapping[str, Entry]) -> dict[str, Entry]:
-    """The tensors by today's names: the first BERTs called a norm's weight gamma, and its bias beta."""
+    """The tensors by today's names: the first BERTs called a norm's weight gamma, and its bias beta.
+
+    Raises FormeryError where a tensor is there under both names.
+    """
     endings = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
-    named = {}
+    named: dict[str, Entry] = {}
     for name, entry in found.items():
         old = next((one for one in endings if name.endswith(one)), "")
-        named[name.removesuffix(old) + endings.get(old, "")] = entry
+        new = name.removesuffix(old) + endings.get(old, "")
+        if new in named:
+            raise FormeryError(f"{entry.path} has {shown(new)} under its older name too, and one of the two is wrong.")
+        named[new] = entry
     return named
 
 

@@ -3,23 +3,61 @@
 import math
 from typing import Any
 
+from formery.errors import FormeryError
 from formery.models.hub.config import Config
-from formery.parts import LinearScaling, Llama3Scaling, Position, Rotary, YarnScaling
+from formery.parts import Attention, LinearScaling, Llama3Scaling, Position, Rotary, YarnScaling
 from formery.parts.position import Scaling
+
+# What counts of the settings beside the table; the table goes before them.
+_BESIDE = (
+    "rope_theta", "rotary_emb_base", "partial_rotary_factor", "rotary_pct", "max_position_embeddings",
+    "original_max_position_embeddings",
+)  # fmt: skip
 
 
 def rotary(config: Config, base: float = 10_000.0, fraction: float = 1.0) -> Rotary:
-    """The positions; base and fraction: the family's defaults. Raises FormeryError for a scaling that is not known."""
-    table = config.inner("rope_scaling") or config.inner("rope_parameters")
+    """The positions; base and fraction: the family's defaults.
+
+    Raises FormeryError for a scaling that is not known, and for settings that contradict each other.
+    """
+    tables = (config.inner("rope_scaling"), config.inner("rope_parameters"))
+    table = next((one for one in tables if one is not None and one.data), None)
     given = {} if table is None else table.data
     if any(isinstance(value, dict) for value in given.values()):
         raise config.wrong("rope_parameters", "has a table for each kind of layer, which is not known here")
-    told = Config({**config.data, **given}, config.where if table is None else table.where)
+    if (trained := given.get("original_max_position_embeddings")) is not None:
+        config.only("original_max_position_embeddings", trained)
+    beside = {name: config.data[name] for name in _BESIDE if name in config.data}
+    told = Config({**beside, **given}, config.where if table is None else table.where)
     return Rotary(
         told.real("rope_theta", "rotary_emb_base", default=base, least=1e-6),
         told.real("partial_rotary_factor", "rotary_pct", default=fraction, most=1.0),
         scaling(told) if given else None,
     )
+
+
+def fitting(config: Config, attention: Attention, partly: bool = False) -> Attention:
+    """The attention; FormeryError where its rotary positions cannot turn its heads as the settings say.
+
+    partly: whether models of the family may turn a part of each head only.
+    """
+    position = attention.position
+    assert isinstance(position, Rotary)
+    turned, scaled, wrong = int(attention.dim * position.fraction), position.scaling, ""
+    if turned != attention.dim and not partly:
+        wrong = "models of this family turn whole heads"
+    elif turned % 2:
+        wrong = "entries are turned in pairs"
+    elif isinstance(scaled, YarnScaling) and (turned < 4 or position.base <= 1):
+        wrong = "yarn needs two pairs at least, and a rope_theta above 1"
+    elif isinstance(scaled, Llama3Scaling) and scaled.low >= scaled.high:
+        wrong = "high_freq_factor should be above low_freq_factor"
+    if wrong:
+        raise FormeryError(
+            f"{config.where} tells of rotary positions for {turned} of a head's {attention.dim} entries that cannot "
+            f"be: {wrong}."
+        )
+    return attention
 
 
 def scaling(told: Config) -> Scaling | None:
@@ -30,14 +68,14 @@ def scaling(told: Config) -> Scaling | None:
     if kind not in ("linear", "llama3", "yarn"):
         raise told.wrong("rope_type", f"({kind!r:.100}) is not known here; known are default, linear, llama3, yarn")
     factor = told.real("factor", least=1e-3)
-    length = told.whole("max_position_embeddings", default=2048)
-    trained = told.whole("original_max_position_embeddings", default=length)
     if kind == "linear":
         return LinearScaling(factor)
-    if kind == "llama3":
-        low, high = told.real("low_freq_factor", least=1e-3), told.real("high_freq_factor", least=1e-3)
-        return Llama3Scaling(factor, low, high, trained)
-    return yarn(told, factor, trained)
+    name = "original_max_position_embeddings"
+    trained = told.whole("max_position_embeddings" if told.get(name) is None else name)
+    if kind == "yarn":
+        return yarn(told, factor, trained)
+    low, high = told.real("low_freq_factor", least=1e-3), told.real("high_freq_factor", least=1e-3)
+    return Llama3Scaling(factor, low, high, trained)
 
 
 def yarn(told: Config, factor: float, trained: int) -> YarnScaling:

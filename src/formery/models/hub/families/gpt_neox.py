@@ -6,7 +6,7 @@ from formery.models.decoder import Decoder
 from formery.models.hub.config import Config
 from formery.models.hub.family import Family, register
 from formery.models.hub.names import ByHead, Names, fused, within
-from formery.models.hub.rope import rope_settings, rotary
+from formery.models.hub.rope import fitting, rope_settings, rotary
 from formery.models.hub.words import activation_settings, output, output_settings
 from formery.parts import MLP, Attention, Embedding, Layer, LayerNorm, Parallel, Part, PreNorm
 
@@ -40,6 +40,12 @@ def names(model: Any) -> Names:
 def build(config: Config) -> Decoder:
     """Side by side, or one after the other."""
     width, heads = config.whole("hidden_size"), config.whole("num_attention_heads")
+    config.only("head_dim", width // heads)
+    names = (("rope_theta", "rotary_emb_base", 10_000.0), ("partial_rotary_factor", "rotary_pct", 0.25))
+    for newer, own, usual in names:
+        # Outside of the newer table only the family's own names count.
+        if config.real(newer, own, default=usual) != config.real(own, default=usual):
+            raise config.wrong(newer, f"is called {own} in this family")
     bias, position = config.flag("attention_bias", default=True), rotary(config, fraction=0.25)
     parallel = config.flag("use_parallel_residual", default=True)
 
@@ -48,7 +54,7 @@ def build(config: Config) -> Decoder:
 
     def layer() -> Part:
         act = config.activation("hidden_act", default="gelu")
-        own = Attention(width, heads, position=position, bias=bias)
+        own = fitting(config, Attention(width, heads, position=position, bias=bias), partly=True)
         feedforward = MLP(width, config.whole("intermediate_size"), act, bias=True)
         if parallel:
             return Parallel([norm(), norm()], [own, feedforward])
