@@ -231,7 +231,6 @@ def test_an_empty_table_hides_no_other(tmp_path: Path) -> None:
     [
         ("llama", {"rope_parameters": ROPE | {"partial_rotary_factor": 0.5}}, "turn whole heads"),
         ("gpt-neox", {"rope_parameters": {"partial_rotary_factor": 0.4}}, "turned in pairs"),
-        ("gpt-neox", {"rope_parameters": None, "rope_theta": 7.0}, "is called rotary_emb_base in this family"),
         ("gpt-neox", {"head_dim": 5}, "head_dim"),
         ("llama3", {"original_max_position_embeddings": 77}, "original_max_position_embeddings"),
     ],

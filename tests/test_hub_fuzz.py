@@ -72,8 +72,11 @@ def pointed_at(*files: Path) -> dict[str, Tensor]:
     for file in files:
         raw = file.read_bytes()
         end = 8 + int.from_bytes(raw[:8], "little")
-        for name, entry in json.loads(raw[8:end]).items():
-            if name != "__metadata__" and entry["dtype"] in TYPES and 0 not in entry["shape"]:
+        table = json.loads(raw[8:end], object_pairs_hook=list)
+        assert len(dict(table)) == len(table)
+        for name, pairs in table:
+            entry = {} if name == "__metadata__" else dict(pairs)
+            if entry and entry["dtype"] in TYPES and 0 not in entry["shape"]:
                 first, last = entry["data_offsets"]
                 own = bytearray(raw[end + first : end + last])
                 found[name] = torch.frombuffer(own, dtype=TYPES[entry["dtype"]]).view(entry["shape"])

@@ -9,14 +9,11 @@ from formery.parts import Attention, LinearScaling, Llama3Scaling, Position, Rot
 from formery.parts.position import Scaling
 
 # What counts of the settings beside the table; the table goes before them.
-_BESIDE = (
-    "rope_theta", "rotary_emb_base", "partial_rotary_factor", "rotary_pct", "max_position_embeddings",
-    "original_max_position_embeddings",
-)  # fmt: skip
+_BESIDE = ("rope_theta", "partial_rotary_factor", "max_position_embeddings", "original_max_position_embeddings")
 
 
-def rotary(config: Config, base: float = 10_000.0, fraction: float = 1.0) -> Rotary:
-    """The positions; base and fraction: the family's defaults.
+def rotary(config: Config, base: float = 10_000.0) -> Rotary:
+    """The positions; base: the family's default.
 
     Raises FormeryError for a scaling that is not known, and for settings that contradict each other.
     """
@@ -30,8 +27,8 @@ def rotary(config: Config, base: float = 10_000.0, fraction: float = 1.0) -> Rot
     beside = {name: config.data[name] for name in _BESIDE if name in config.data}
     told = Config({**beside, **given}, config.where if table is None else table.where)
     return Rotary(
-        told.real("rope_theta", "rotary_emb_base", default=base, least=1e-6),
-        told.real("partial_rotary_factor", "rotary_pct", default=fraction, most=1.0),
+        told.real("rope_theta", default=base, least=1e-6),
+        told.real("partial_rotary_factor", default=1.0, most=1.0),
         scaling(told) if given else None,
     )
 

@@ -41,12 +41,10 @@ def build(config: Config) -> Decoder:
     """Side by side, or one after the other."""
     width, heads = config.whole("hidden_size"), config.whole("num_attention_heads")
     config.only("head_dim", width // heads)
-    names = (("rope_theta", "rotary_emb_base", 10_000.0), ("partial_rotary_factor", "rotary_pct", 0.25))
-    for newer, own, usual in names:
-        # Outside of the newer table only the family's own names count.
-        if config.real(newer, own, default=usual) != config.real(own, default=usual):
-            raise config.wrong(newer, f"is called {own} in this family")
-    bias, position = config.flag("attention_bias", default=True), rotary(config, fraction=0.25)
+    bias = config.flag("attention_bias", default=True)
+    # Outside of the newer table only the family's own names count.
+    base, fraction = config.real("rotary_emb_base", default=10_000.0), config.real("rotary_pct", default=0.25)
+    position = rotary(config.replaced(rope_theta=base, partial_rotary_factor=fraction))
     parallel = config.flag("use_parallel_residual", default=True)
 
     def norm() -> LayerNorm:
