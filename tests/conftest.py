@@ -1,10 +1,14 @@
-"""What all tests share: one thread, fixed seeds, unhurried Hypothesis."""
+"""What all tests share: one thread, fixed seeds, unhurried Hypothesis, the compiled kernels where they can be built."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 import torch
 from hypothesis import settings
+
+from formery.errors import FormeryError
+from formery.parts.native import build
 
 settings.register_profile("formery", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("formery")
@@ -17,6 +21,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def kernels() -> None:
+    with suppress(FormeryError):
+        build.build()
 
 
 @pytest.fixture(autouse=True)

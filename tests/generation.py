@@ -155,6 +155,7 @@ class Told(nn.Module):
     """A model whose logits after a text are `says(text)`: for every question whose answer must be known exactly."""
 
     reads_apart = False
+    compiled = False
 
     def __init__(self, vocabulary: int, says: Callable[[tuple[int, ...]], Tensor], max_length: int | None = None):
         super().__init__()
@@ -185,8 +186,11 @@ class Told(nn.Module):
     ) -> Float[Tensor, "batch time vocabulary"]:
         return self.read(tokens, state, positions)
 
-    def output(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor) -> Tensor:
         return hidden
+
+    def parameter_count(self) -> int:
+        return 1
 
 
 def random_told(vocabulary: int, seed: int, spread: float = 1.5) -> Told:

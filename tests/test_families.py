@@ -36,7 +36,8 @@ def our_logits(model: Any, source: Tensor, target: Tensor | None) -> Tensor:
 
 def close(ours: Tensor, theirs: Tensor) -> None:
     assert theirs.std() > 0.05
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    # BART norms after each sum: either side is off by up to 7e-5 from 64 bits, and they may be off to two sides.
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-4)
 
 
 @pytest.mark.parametrize("name", sorted(SPECS))

@@ -25,6 +25,7 @@ from formery.generate.target import Target, canonical, rounding_bound
 from formery.methods.decoding.parallel.parallel_jacobi_decoding import JacobiDrafter
 from formery.models import Conventions
 from formery.parts import TiedOutput
+from formery.parts.native import using
 
 FAMILIES = ["gpt2", "gpt-neox", "llama3", "gemma2", "bloom", "opt", "mixtral", "mamba2", "t5", "bart", "whisper"]
 LENGTHS = (5, 11, 8)
@@ -104,8 +105,12 @@ def test_the_rounding_bound_is_one_for_other_peoples_models(name: str) -> None:
     if is_pair(name):
         read = sources(name, range(4, 10))
         pairs = [(source, [target.start_token, *text]) for source, text in zip(read, written, strict=True)]
-    worst = max(deviation(target, pairs[:rows], width, rows) for width, rows in ((1, 1), (1, 6), (3, 5), (8, 6)))
-    assert 0 < worst < 0.5
+    ways = ((1, 1), (1, 6), (3, 5), (8, 6))
+    with using(False):
+        assert 0 < max(deviation(target, pairs[:rows], width, rows) for width, rows in ways) < 0.5
+    # By the compiled kernels the bits are the same, where they know all parts.
+    if name not in ("mamba2", "whisper"):
+        assert max(deviation(target, pairs[:rows], width, rows) for width, rows in ways) == 0
 
 
 @pytest.mark.parametrize("name", ["gpt2", "mixtral", "bart"])

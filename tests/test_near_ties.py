@@ -1,6 +1,6 @@
 """Near ties: where rounding would decide, all ways of computing agree all the same."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -13,9 +13,17 @@ from formery.generate.target import canonical, feed, rounding_bound
 from formery.methods.decoding.parallel.parallel_jacobi_decoding import JacobiDrafter
 from formery.models import Decoder, EncoderDecoder
 from formery.parts import Packing
+from formery.parts.native import using
 
 Model = Decoder | EncoderDecoder
 PROMPTS = [[row + 2, row + 5, 3 * row + 1][: 1 + row % 3] for row in range(16)]
+
+
+@pytest.fixture(autouse=True)
+def without_kernels() -> Iterator[None]:
+    """The compiled kernels leave nothing to decide."""
+    with using(False):
+        yield
 
 
 def tied(kind: str, difference: float, vocabulary: int = 98) -> Model:

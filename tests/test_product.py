@@ -9,6 +9,7 @@ from formery.generate import generate
 from formery.models.compose import language_model
 from formery.parts import Linear, Packing
 from formery.parts.kernels.product import available, product
+from formery.parts.native import using
 
 needs_onednn = pytest.mark.skipif(not available(), reason="this build of PyTorch has no oneDNN product")
 
@@ -27,7 +28,7 @@ def test_packed_equals_float64(rows: int, inputs: int, outputs: int, biased: boo
     hidden, weight = torch.randn(rows, inputs), torch.randn(outputs, inputs)
     shift = torch.randn(outputs) if biased else None
     exact = hidden.double() @ weight.double().T + (0 if shift is None else shift.double())
-    with torch.inference_mode(), Packing() as packing:
+    with torch.inference_mode(), using(False), Packing() as packing:
         found = product(hidden, weight, shift)
         assert bool(packing.copies) == (rows > 1)
     torch.testing.assert_close(found.double(), exact, atol=2e-4, rtol=1e-4)
@@ -41,7 +42,7 @@ def test_a_packing_ends_with_its_block_and_is_not_used_for_gradients() -> None:
     with packing:
         part(hidden).sum().backward()
     assert part.weight.grad is not None and not packing.copies
-    with torch.no_grad():
+    with torch.no_grad(), using(False):
         part(hidden)
         assert not packing.copies
         with packing:

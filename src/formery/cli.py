@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,6 +32,15 @@ Draft = Annotated[
 ]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", metavar="N", help="At most so many new tokens.")]
 Seed = Annotated[int, typer.Option("--seed", metavar="S", help="Of all that is drawn.")]
+Quantize = Annotated[
+    str | None, typer.Option("--quantize", metavar="KIND", help="int8 or int4: weights of so many bits (not exact).")
+]
+Dtype = Annotated[
+    str | None, typer.Option("--dtype", metavar="TYPE", help="float32, bfloat16 or float16. [default: float32]")
+]
+Compiled = Annotated[
+    bool | None, typer.Option("--compile/--no-compile", help="Fast kernels. [default: where that pays]")
+]
 Json = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write the result there; - is stdout.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Input = Annotated[
@@ -138,27 +148,36 @@ def generate(
         str | None,
         typer.Option(metavar="FILE", help="Draw which call settled which token (png, svg, pdf); of one prompt."),
     ] = None,
+    quantize: Quantize = None,
+    dtype: Dtype = None,
+    compile: Compiled = None,
+    profile: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Say where the time went, and write a trace for ui.perfetto.dev (json)."),
+    ] = None,
 ) -> None:
     """Go on with prompts, translate them, or write down what is said.
 
     A model that listens takes paths of recordings for prompts. The text comes as it is written; what it took goes to
     stderr.
     """
-    check_targets(json_file, picture)
+    check_targets(json_file, picture, profile)
     if picture is not None and Path(picture).suffix not in (".png", ".svg", ".pdf"):
         raise FormeryError(f"{picture} should end in .png, .svg or .pdf: the ending chooses the kind of picture.")
     from formery.data.prompts import read_prompts
     from formery.generate.method import find
+    from formery.generate.profile import profiled
     from formery.generate.prompts import asked
     from formery.generate.run import events
     from formery.methods import discover
     from formery.models import load, writing
+    from formery.parts.native import using
     from formery.web.streaming import follow
 
     discover()
     method = method or ("sampling" if temperature else "greedy")
     needs_draft = find(method)[0].needs_draft
-    loaded = writing(load(str(model)), str(model))
+    loaded = writing(load(str(model), **how(dtype, quantize, compile)), str(model))
     texts = list(prompts or [])
     if input is not None:
         texts += [one.prompt for one in read_prompts(input, lines=loaded.reads_apart)]
@@ -177,12 +196,21 @@ def generate(
         from formery.evidence.compare import draft_for
 
         options["draft"] = draft_for(str(model), draft, method)
-    results = follow(
-        events(loaded, given, method, 1, options),
-        texts,
-        titles=not loaded.reads_apart,
-        shown=json_file != "-",
-    )
+    # A draft model is computed as the other one is.
+    mode = using("auto" if compile is None else compile)
+    with mode, profiled() if profile is not None else nullcontext() as watched:
+        results = follow(
+            events(loaded, given, method, 1, options),
+            texts,
+            titles=not loaded.reads_apart,
+            shown=json_file != "-",
+        )
+    if profile is not None and watched is not None:
+        from formery.web.table import console, profile_table
+
+        watched.save(profile)
+        console(stderr=True).print(profile_table(watched.table(), watched.seconds))
+        note(f"trace: {profile}")
     if json_file is not None:
         keys = ("prompt", "text", "tokens", "calls", "drafted", "accepted", "stop")
         write_json([{key: getattr(result, key) for key in keys} for result in results], json_file)
@@ -355,6 +383,12 @@ def data_get(
 
     for path in get(name, base_url, tell=note):
         print(path)
+
+
+def how(dtype: str | None, quantize: str | None, compile: bool | None) -> dict[str, Any]:
+    """The options of `load` that were given."""
+    given = {"dtype": dtype, "quantize": quantize, "compile": compile}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def every_method(model: str, draft: str | None) -> tuple[list[str], list[str]]:

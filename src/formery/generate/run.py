@@ -15,6 +15,7 @@ from formery.generate.prompts import Prompt, encoded
 from formery.generate.settings import Settings
 from formery.generate.verify import Event
 from formery.models import Model
+from formery.parts.native import prepare
 
 
 @dataclass
@@ -93,6 +94,7 @@ def events(
     decode = bound(chosen, {**named, **own})
     tokens = [encoded(model, prompt, number) for number, prompt in enumerate(prompts, 1)]
     size = batch or max(1, len(tokens))
+    prepare(model.compiled, model.parameter_count() * settings.max_new_tokens * len(tokens))
     with evaluating([model, *(one for one in own.values() if isinstance(one, Module))]):
         for first in range(0, len(tokens), size):
             for group in decode(model, tokens[first : first + size], settings, first):

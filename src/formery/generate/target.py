@@ -68,7 +68,7 @@ def canonical(model: Model, prompt: Source, tokens: Sequence[int]) -> Float[Tens
     """Logits after `tokens`, computed in the one way that depends on nothing else: alone, in a single pass."""
     state, _ = model.begin([prompt], len(tokens))
     hidden = model.read(torch.tensor([list(tokens)], device=device_of(model)), state)
-    logits: Tensor = model.output(hidden[:, -1:])
+    logits = model.logits(hidden[:, -1:])
     return logits[0, 0]
 
 

@@ -3,8 +3,9 @@
     pending ─┐
     draft ───┴─► one target call ─► accept a prefix, add one token ─► roll the state back to what stands
 
-Greedy decoding is exact by decision, not by luck. A token's logits differ in their last bits with how many tokens and
-rows are computed together, so near ties could flip. Every greedy choice whose margin lies within the rounding bound is
+Greedy decoding is exact by decision, not by luck. The compiled kernels compute a token's logits with the same bits
+however many tokens and rows are computed together. Where they are not used, logits differ in their last bits, so near
+ties could flip. There, every greedy choice whose margin lies within the rounding bound is
 therefore decided by `canonical`: the row alone, from scratch, in one pass. Plain decoding does the same, so all
 methods, batch sizes and draft lengths agree; `guarded` counts how often it was needed.
 """
@@ -23,6 +24,7 @@ from formery.generate.settings import Settings
 from formery.generate.stopping import Stopping
 from formery.generate.target import Target, canonical, full_length, rounding_bound
 from formery.models import Model, Source
+from formery.parts.spans import span
 
 
 @dataclass
@@ -70,17 +72,19 @@ def draft_and_verify(
         for i, (prompt, prefix) in enumerate(zip(prompts, target.prefixes, strict=True))
     ]
     drafter.begin(model, rows, settings)
-    judge = Judge(model, settings, rule, guard)
+    judge = Judge(model, settings, rule, guard and not target.state.exact)
     stopping = {row.index: Stopping(model, settings, row.prefix) for row in rows}
     while rows:
         started = time.perf_counter()
         # The target always adds a token of its own, so one less may be drafted than may be written.
-        drafts = drafter.propose(rows, [room(model, row, settings) - 1 for row in rows])
+        with span("draft"):
+            drafts = drafter.propose(rows, [room(model, row, settings) - 1 for row in rows])
         drafted = time.perf_counter()
         fed = [[row.tokens[-1], *draft.tokens] for row, draft in zip(rows, drafts, strict=True)]
         lengths = target.state.lengths
-        logits = target.feed(fed)
-        verdicts = judge(rows, drafts, logits)
+        with span("verify"):
+            logits = target.feed(fed)
+            verdicts = judge(rows, drafts, logits)
         verified = time.perf_counter()
         target.state.rollback([length + 1 + one.accepted for length, one in zip(lengths, verdicts, strict=True)])
         held = target.state.nbytes
@@ -123,9 +127,7 @@ class Judge:
                 self._sample(row, draft, logits[i], choices[i][: len(draft.tokens) + 1])
                 for i, (row, draft) in enumerate(zip(rows, drafts, strict=True))
             ]
-        penalty = self.settings.repetition_penalty
-        # A penalty multiplies what rounding did to a logit as well.
-        bound = rounding_bound(logits) * max(penalty, 1 / penalty)
+        plain = logits
         if self.settings.changes_logits:
             logits = logits.clone()
             for i, (row, draft) in enumerate(zip(rows, drafts, strict=True)):
@@ -133,6 +135,15 @@ class Judge:
                 for j in range(len(draft.tokens) + 1):
                     first = not row.output and j == 0
                     logits[i, j] = penalised(logits[i, j], history + draft.tokens[:j], self.settings, first)
+        if not self.guard:
+            choices = logits.argmax(-1).tolist()
+            return [
+                self._greedy(row, draft, choices[i][: len(draft.tokens) + 1], [])
+                for i, (row, draft) in enumerate(zip(rows, drafts, strict=True))
+            ]
+        # A penalty multiplies what rounding did to a logit as well.
+        penalty = self.settings.repetition_penalty
+        bound = rounding_bound(plain) * max(penalty, 1 / penalty)
         top = logits.topk(min(2, logits.shape[-1]), -1)
         choices = top.indices[..., 0].tolist()
         close = (top.values[..., 0] - top.values[..., -1] <= bound).tolist()

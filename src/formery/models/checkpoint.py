@@ -22,11 +22,14 @@ from formery.files import atomic_folder
 from formery.models import weights
 from formery.models.conventions import Conventions
 from formery.models.decoder import Decoder
-from formery.models.encoder import Reader
+from formery.models.encoder import Encoder, Reader
 from formery.models.encoder_decoder import EncoderDecoder
 from formery.models.filling import Group, fill
+from formery.models.quantise import Quantise, quantise
 from formery.models.weights import PICKLES, WEIGHTS, shapes
 from formery.parts import Part, build
+from formery.parts.native import build as kernels
+from formery.parts.native.mode import Compile, checked
 
 Model = Decoder | EncoderDecoder
 SHIPPED = Path(__file__).parents[1] / "shipped"
@@ -87,7 +90,8 @@ def save(model: Model | Reader, path: str | Path, dtype: torch.dtype | None = No
         name = min(differ)[0]
         raise FormeryError(f"the model's description does not tell how {name} came about: use replace() for new parts.")
     tensors = {
-        name: tensor.detach().to(dtype or tensor.dtype).contiguous().cpu() for name, tensor in model.named_parameters()
+        name: tensor.detach().to(dtype if dtype and tensor.is_floating_point() else tensor.dtype).contiguous().cpu()
+        for name, tensor in model.named_parameters()
     }
     with atomic_folder(path) as folder:
         try:
@@ -106,18 +110,33 @@ def save(model: Model | Reader, path: str | Path, dtype: torch.dtype | None = No
 
 def load(
     path: str | Path,
-    dtype: torch.dtype | None = torch.float32,
+    dtype: torch.dtype | str | None = torch.float32,
     device: str | torch.device = "cpu",
     revision: str | None = None,
+    quantize: Quantise | None = None,
+    compile: Compile = "auto",
 ) -> Any:
     """The model in a folder, of an id on the hub, or the shipped model of that name, ready to be used.
 
-    A Decoder, an EncoderDecoder or a Reader. dtype: of the loaded weights; None leaves them as stored, and then they
-    stay in the mapped file. revision: of the hub's repository. Raises FormeryError, saying what is wrong and where,
-    for a missing, truncated or foreign file, an unknown part or architecture, and a tensor that is missing, extra or
-    misshapen.
+    A Decoder, an EncoderDecoder or a Reader. dtype: of the loaded weights ("bfloat16" names one too); None leaves them
+    as stored, and then they stay in the mapped file. revision: of the hub's repository. quantize: "int8" or "int4"
+    makes the weights codes of so many bits (not exact). compile: True has the fast kernels built if they are not yet,
+    "auto" uses them where that pays, False never. Raises FormeryError, saying what is wrong and where, for a missing,
+    truncated or foreign file, an unknown part or architecture, and a tensor that is missing, extra or misshapen.
     """
-    folder = locate(path, revision)
+    mode, kind = checked(compile), weights.named_dtype(dtype) if isinstance(dtype, str) else dtype
+    model = _loaded(locate(path, revision), kind, device)
+    if quantize is not None:
+        quantise(model, quantize)
+    if mode is True:
+        kernels.build()
+    for part in model.modules():
+        if isinstance(part, Decoder | Encoder):
+            part.compiled = mode
+    return model
+
+
+def _loaded(folder: Path, dtype: torch.dtype | None, device: str | torch.device) -> Any:
     if folder.is_file():
         from formery.models.hub import llama2c
 
@@ -136,7 +155,7 @@ def load(
 def _load_own(folder: Path, dtype: torch.dtype | None, device: str | torch.device) -> Any:
     model = described(folder)
     found, expected = weights.table_of(folder), shapes(model)
-    weights.check(folder / WEIGHTS, found, expected)
+    weights.check(folder / WEIGHTS, found, expected, weights.codes(model))
     fill(model, [Group(name, (name,)) for name in expected], found, dtype, device)
     model.tokenizer = read_tokenizer(folder)
     known = model.vocabulary if not isinstance(model, Reader) else None

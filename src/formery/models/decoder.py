@@ -10,7 +10,10 @@ from torch import Tensor, nn
 
 from formery.errors import FormeryError
 from formery.models.conventions import Conventions
-from formery.parts import Context, Embedding, Part, State
+from formery.parts import Context, Embedding, Output, Part, State, TiedOutput
+from formery.parts.native import using
+from formery.parts.native.mode import Compile
+from formery.parts.native.stack import exact, pieces, run
 from formery.parts.state import Remembering
 
 if TYPE_CHECKING:
@@ -40,6 +43,7 @@ class Decoder(Part):
         self.tokenizer: Tokenizer | None = None
         self.conventions = Conventions()
         self.origin: str | None = None
+        self.compiled: Compile = "auto"
 
     @property
     def vocabulary(self) -> int:
@@ -57,7 +61,7 @@ class Decoder(Part):
         positions: of each token, -1 for padding; by default 0, 1, 2, … (in each segment).
         segments: which of several packed sequences a token belongs to; they do not see each other.
         """
-        return self.output(self.hidden(tokens, positions, segments))
+        return self.logits(self.hidden(tokens, positions, segments))
 
     def hidden(
         self,
@@ -100,7 +104,16 @@ class Decoder(Part):
                 remembering = cast(Remembering, part)
                 state.of(remembering, turns[remembering])
                 turns[remembering] += 1
+        with using(self.compiled):
+            state.pieces = pieces(self.layers, self.norm, self.embedding.width)
+        state.exact = exact(state.pieces) and isinstance(self.output, Output | TiedOutput)
         return state
+
+    def logits(self, hidden: Float[Tensor, "batch time width"]) -> Float[Tensor, "batch time vocabulary"]:
+        """What the output makes of the last normed vectors."""
+        with using(self.compiled):
+            result: Tensor = self.output(hidden)
+        return result
 
     def step(
         self,
@@ -114,7 +127,7 @@ class Decoder(Part):
         positions: -1 pads rows that have fewer tokens (roll back afterwards to drop the padding).
         visible: restricts which of the filled slots each token sees, besides the masks of the layers.
         """
-        return self.output(self.read(tokens, state, positions, visible))
+        return self.logits(self.read(tokens, state, positions, visible))
 
     def read(
         self,
@@ -135,10 +148,9 @@ class Decoder(Part):
         return self._run(tokens, context)
 
     def _run(self, tokens: Int[Tensor, "batch time"], context: Context) -> Float[Tensor, "batch time width"]:
-        hidden = self.embedding(tokens, context)
-        for layer in self.layers:
-            hidden = layer(hidden, context)
-        return hidden if self.norm is None else self.norm(hidden)
+        with using(self.compiled):
+            hidden = self.embedding(tokens, context)
+            return run(self.layers, self.norm, hidden, context, None if context.state is None else context.state.pieces)
 
     def _check_length(self, length: int) -> None:
         if self.max_length is not None and length > self.max_length:

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from formery.errors import FormeryError
 from formery.models.conventions import Conventions
 from formery.parts import Context, Embedding, Part, Patches, SpeechStem
+from formery.parts.native import using
+from formery.parts.native.mode import Compile
+from formery.parts.native.stack import pieces, run
 
 if TYPE_CHECKING:
     from formery.data.tokenizer import Tokenizer
@@ -29,26 +32,32 @@ class Encoder(Part):
         super().__init__()
         self.embedding, self.layers, self.norm = embedding, nn.ModuleList(layers), norm
         self.max_length = max_length
+        self.compiled: Compile = "auto"
 
     def forward(
         self,
         source: Tensor,
         positions: Int[Tensor, "batch time"] | None = None,
         types: Int[Tensor, "batch time"] | None = None,
+        known: Sequence[Any] | None = None,
     ) -> Float[Tensor, "batch time width"]:
         """The normed vectors of the last layer.
 
         positions: of each place, -1 for padding. types: which of several texts a token is of, for models that ask.
+        known: the layers as `pieces` has them, where somebody asked for them before.
         """
         even = positions is None
         if positions is None:
             positions = self.embedding.places(source)
         self.check_length(positions.shape[1] if even else int(positions.max()) + 1)
         context = Context(positions, even=even, types=types)
-        hidden = self.embedding(source, context)
-        for layer in self.layers:
-            hidden = layer(hidden, context)
-        return hidden if self.norm is None else self.norm(hidden)
+        with using(self.compiled):
+            return run(self.layers, self.norm, self.embedding(source, context), context, known)
+
+    def pieces(self) -> list[Any] | None:
+        """The layers as the compiled kernels run them; None where they do not."""
+        with using(self.compiled):
+            return pieces(self.layers, self.norm, self.embedding.width)
 
     def check_length(self, length: int) -> None:
         """FormeryError for a text that is longer than the encoder takes."""

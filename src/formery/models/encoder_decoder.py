@@ -11,7 +11,10 @@ from formery.errors import FormeryError
 from formery.models.conventions import Conventions
 from formery.models.decoder import Decoder
 from formery.models.encoder import Encoder
-from formery.parts import CrossAttention, Part, State
+from formery.parts import CrossAttention, Embedding, Part, State
+from formery.parts.native import using
+from formery.parts.native.mode import Compile
+from formery.parts.native.stack import exact
 
 if TYPE_CHECKING:
     from formery.data.tokenizer import Tokenizer
@@ -46,6 +49,11 @@ class EncoderDecoder(Part):
         return self.decoder.max_length
 
     @property
+    def compiled(self) -> Compile:
+        """How passes are computed: by the fast kernels, or not."""
+        return self.decoder.compiled
+
+    @property
     def output(self) -> Part:
         """The way from the decoder's vectors to logits."""
         return self.decoder.output
@@ -60,7 +68,7 @@ class EncoderDecoder(Part):
         """Logits from scratch; position -1 marks padding on either side."""
         memory = self.encoder(source, source_positions)
         hidden = self.decoder.hidden(tokens, positions, memory=memory, memory_positions=source_positions)
-        return self.decoder.output(hidden)
+        return self.decoder.logits(hidden)
 
     def begin(self, prompts: Sequence[Source], capacity: int) -> tuple[State, list[list[int]]]:
         """Encodes these prompts into a fresh state; each row has then to read the start token and the prefix."""
@@ -73,14 +81,21 @@ class EncoderDecoder(Part):
         way_in: Any = self.encoder.embedding
         source, positions = way_in.collate(prompts)
         positions = None if positions is None else positions.to(device)
-        memory = self.encoder(source.to(device), positions)
+        known = self.encoder.pieces()
+        memory = self.encoder(source.to(device), positions, known=known)
         state = self.decoder.start(len(prompts), capacity)
+        state.exact = state.exact and exact(known) and isinstance(way_in, Embedding)
         everywhere = torch.arange(memory.shape[1], device=device).repeat(len(prompts), 1)
         state.memory_positions = everywhere if positions is None else positions
-        for part in self.decoder.modules():
-            if isinstance(part, CrossAttention):
-                state.layers[part, 0] = part.read(memory)
+        with using(self.decoder.compiled):
+            for part in self.decoder.modules():
+                if isinstance(part, CrossAttention):
+                    state.layers[part, 0] = part.read(memory)
         return state, [[self.start_token, *self.prefix] for _ in prompts]
+
+    def logits(self, hidden: Float[Tensor, "batch time width"]) -> Float[Tensor, "batch time vocabulary"]:
+        """What the output makes of the decoder's last vectors."""
+        return self.decoder.logits(hidden)
 
     def step(
         self,

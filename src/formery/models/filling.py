@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from formery.models.weights import FLOATS, Entry, opened
+from formery.models.weights import FLOATS, WHOLE, Entry, opened
 
 Shape = tuple[int, ...]
 AT_ONCE = 32_000_000  # bytes copied before a file is mapped anew
@@ -81,7 +81,7 @@ class Places:
 
     def put(self, name: str, tensor: Tensor) -> None:
         """The weight of that name becomes this tensor."""
-        new = nn.Parameter(tensor, requires_grad=True)
+        new = nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
         for part, key in self.owners[id(self.weights[name])]:
             part._parameters[key] = new
 
@@ -93,13 +93,13 @@ def fill(
     dtype: torch.dtype | None,
     device: str | torch.device,
 ) -> None:
-    """Puts the stored tensors in their places; dtype: of the weights, None for as they are stored."""
+    """Puts the stored tensors in their places; dtype: of the weights that are no codes, None for as they are stored."""
     places = Places(model)
     for path in dict.fromkeys(found[one.stored].path for one in groups):
         own = [one for one in groups if found[one.stored].path == path]
-        kept = torch.device(device).type == "cpu" and not any(
-            one.layout.moves or dtype not in (None, FLOATS[found[one.stored].dtype]) for one in own
-        )
+        kinds = {FLOATS[kind] for one in own if (kind := found[one.stored].dtype) not in WHOLE}
+        kept = torch.device(device).type == "cpu" and not any(one.layout.moves for one in own)
+        kept = kept and (dtype is None or kinds <= {dtype})
         for run in [own] if kept else _runs(own, found):
             with opened(path) as file:
                 for one in run:
@@ -111,7 +111,8 @@ def fill(
 
 def _copy(part: Tensor, dtype: torch.dtype | None, device: str | torch.device) -> Tensor:
     """The tensor in memory of its own, in one step."""
-    return torch.empty(part.shape, dtype=dtype or part.dtype, device=device).copy_(part)
+    kind = dtype if dtype is not None and part.is_floating_point() else part.dtype
+    return torch.empty(part.shape, dtype=kind, device=device).copy_(part)
 
 
 def _runs(groups: Sequence[Group], found: Mapping[str, Entry]) -> Iterator[list[Group]]:

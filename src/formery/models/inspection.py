@@ -128,7 +128,7 @@ def state_bytes(model: Part) -> tuple[int | None, int | None, int | None]:
     short, long = (decoder.start(1, capacity).nbytes for capacity in (64, 128))
     each = (long - short) // 64
     crossing = [one for one in model.modules() if isinstance(one, CrossAttention)]
-    memory = sum(2 * one.groups * one.dim * one.key.weight.element_size() for one in crossing)
+    memory = sum(2 * one.groups * one.dim * one.key.dtype.itemsize for one in crossing)
     return each, short - 64 * each, memory if crossing else None
 
 

@@ -23,6 +23,7 @@ from formery.errors import FormeryError, brief, first_line, shown, unknown
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack"}
 FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+WHOLE = {"U8": torch.uint8, "I16": torch.int16, "I32": torch.int32}  # of weights that are codes
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _LONGEST_HEADER, _MOST_DIMENSIONS, _LARGEST = 100_000_000, 64, 2**63
 _SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "BF16": 2, "F16": 2}
@@ -177,8 +178,16 @@ def _sharded(folder: Path) -> dict[str, Entry]:
     return found
 
 
-def check(path: Path, found: Mapping[str, Entry], wanted: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises FormeryError unless the tensors found are those wanted, in name, shape and kind of number."""
+def check(
+    path: Path,
+    found: Mapping[str, Entry],
+    wanted: Mapping[str, tuple[int, ...]],
+    codes: Mapping[str, torch.dtype] | None = None,
+) -> None:
+    """Raises FormeryError unless the tensors found are those wanted, in name, shape and kind of number.
+
+    codes: those that are whole numbers, and of which type.
+    """
     missing, extra = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
     if missing or extra:
         which = f"lacks {missing[0]}" if missing else f"has {shown(extra[0])}, which the model does not know"
@@ -189,7 +198,10 @@ def check(path: Path, found: Mapping[str, Entry], wanted: Mapping[str, tuple[int
             raise FormeryError(
                 f"{entry.path}: {name} has shape {list(entry.shape)}, the model needs {list(shape)}."
             )
-        if entry.dtype not in FLOATS:
+        if codes is not None and name in codes:
+            if WHOLE.get(entry.dtype) != codes[name]:
+                raise FormeryError(f"{entry.path}: {name} has type {entry.dtype}, the model needs {codes[name]}.")
+        elif entry.dtype not in FLOATS:
             raise FormeryError(f"{entry.path}: {name} has type {entry.dtype}, not one of {', '.join(FLOATS)}.")
 
 
@@ -206,3 +218,8 @@ def opened(path: Path) -> Iterator[Any]:
 def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """The shape of each weight, shared ones named once."""
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def codes(model: nn.Module) -> dict[str, torch.dtype]:
+    """The weights that are whole numbers, and their types."""
+    return {name: one.dtype for name, one in model.named_parameters() if not one.is_floating_point()}

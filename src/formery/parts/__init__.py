@@ -1,6 +1,7 @@
 """What models are made of; each file one small module with one job."""
 
 from formery.parts.attention import Attention, CrossAttention
+from formery.parts.codes import Codes
 from formery.parts.context import Context, Visibility
 from formery.parts.embed import Embedding, Output, TiedOutput
 from formery.parts.experts import Experts
@@ -38,6 +39,7 @@ __all__ = [
     "Attention",
     "CausalConvolution",
     "Classifier",
+    "Codes",
     "Context",
     "CrossAttention",
     "Described",

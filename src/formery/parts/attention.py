@@ -75,7 +75,7 @@ class Attention(Part):
 
     def start(self, state: State) -> LayerState:
         """What this layer remembers while decoding."""
-        return KeyValues(state.slots, self.groups, self.dim, self.dim, self.key.weight.dtype)
+        return KeyValues(state.slots, self.groups, self.dim, self.dim, self.key.dtype)
 
 
 class CrossAttention(Part):

@@ -6,9 +6,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from formery.parts.codes import Codes
 from formery.parts.context import Context
 from formery.parts.kernels.product import product
 from formery.parts.linear import Linear
+from formery.parts.native.mode import enabled
 from formery.parts.part import Part, normal
 from formery.parts.position import Position
 
@@ -43,10 +45,11 @@ class Embedding(Part):
         self.vocabulary, self.width, self.position, self.norm = vocabulary, width, position, norm
         self.scale, self.dropout, self.deviation = scale, dropout, deviation
         self.inner, self.lift, self.table = inner, lift, table
-        self.weight: nn.Parameter = normal(*shape, deviation=deviation) if table is None else table.weight
+        self.weight: nn.Parameter | Codes = normal(*shape, deviation=deviation) if table is None else table.weight
 
     def forward(self, tokens: Int[Tensor, "batch time"], context: Context) -> Float[Tensor, "batch time width"]:
-        hidden = nn.functional.embedding(tokens, self.weight)
+        weight = self.weight
+        hidden = weight.rows(tokens) if isinstance(weight, Codes) else nn.functional.embedding(tokens, weight)
         if self.scale != 1.0:
             hidden = hidden * self.scale
         if self.lift is not None:
@@ -118,4 +121,15 @@ class TiedOutput(Part):
 
 def capped(logits: Float[Tensor, "..."], soft_cap: float | None) -> Float[Tensor, "..."]:
     """The logits bounded to ±soft_cap, or as they are."""
-    return logits if soft_cap is None else soft_cap * torch.tanh(logits / soft_cap)
+    if soft_cap is None:
+        return logits
+    if enabled(logits) is not None:
+        # PyTorch computes the last few of a tensor by another tangent than the rest.
+        from formery.parts.native.program import CAP
+        from formery.parts.native.stack import alone
+
+        cap, width = soft_cap, logits.shape[-1]
+        found = alone(logits, width, lambda writer: writer.step(CAP, 0, 1, a=width, e=cap))
+        if found is not None:
+            return found
+    return soft_cap * torch.tanh(logits / soft_cap)

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from formery.parts.context import Context
 from formery.parts.linear import Linear
+from formery.parts.native.mode import enabled
 from formery.parts.part import Part
 from formery.parts.part import activation as function
 
@@ -20,7 +21,8 @@ class MLP(Part):
         self.down = Linear(hidden, width, bias, gain=0.3)
 
     def forward(self, hidden: Float[Tensor, "batch time width"], context: Context) -> Float[Tensor, "batch time width"]:
-        return self.down(function(self.activation)(self.up(hidden)))
+        found = _by_kernels(self, hidden)
+        return self.down(function(self.activation)(self.up(hidden))) if found is None else found
 
 
 class GatedMLP(Part):
@@ -35,4 +37,20 @@ class GatedMLP(Part):
         self.down = Linear(hidden, width, bias, gain=0.3)
 
     def forward(self, hidden: Float[Tensor, "batch time width"], context: Context) -> Float[Tensor, "batch time width"]:
+        found = _by_kernels(self, hidden)
+        if found is not None:
+            return found
         return self.down(function(self.activation)(self.gate(hidden)) * self.up(hidden))
+
+
+def _by_kernels(part: MLP | GatedMLP, hidden: Tensor) -> Tensor | None:
+    """What the compiled kernels make of it, where they are used.
+
+    PyTorch computes an activation of the last few of a tensor otherwise than of the rest.
+    """
+    if enabled(hidden) is None:
+        return None
+    from formery.parts.native.lower import SET, sublayer
+    from formery.parts.native.stack import alone
+
+    return alone(hidden, part.width, lambda writer: sublayer(part, writer, 0, 1, SET))

@@ -57,8 +57,10 @@ class Part(Described, nn.Module):
 
     def replace(self, name: str, part: "Part") -> None:
         """Puts `part` in the place of the inner part `name`, so that `describe` and `build` know of it."""
-        if not isinstance(getattr(self, name, None), nn.Module):
+        if not isinstance(getattr(self, name, None), nn.Module | nn.Parameter):
             raise FormeryError(f"{type(self).__name__} has no inner part {name!r} to replace.")
+        if name in self._parameters:
+            delattr(self, name)  # PyTorch would not have a part where a parameter is
         setattr(self, name, part)
         if name not in self.parameters_of_constructor():
             self.__dict__.setdefault("replaced", set()).add(name)
@@ -71,7 +73,8 @@ class Part(Described, nn.Module):
         """A part of the same make with weights of its own."""
         twin = build(self.describe())
         assert isinstance(twin, Part)
-        twin.to(next(self.parameters(), torch.empty(0)))
+        like = next(self.parameters(), torch.empty(0))
+        twin.to(like if like.is_floating_point() else like.device)
         with torch.no_grad():
             for own, other in zip(twin.parameters(), self.parameters(), strict=True):
                 own.copy_(other)

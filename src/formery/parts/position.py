@@ -204,7 +204,7 @@ class Rotary(Position):
     def rotate(
         self, heads: Float[Tensor, "batch time head dim"], context: Context
     ) -> Float[Tensor, "batch time head dim"]:
-        turned = int(heads.shape[-1] * self.fraction) // 2 * 2
+        turned = self.turned(heads.shape[-1])
         cosine, sine = context.once(
             (self.base, self.scaling, turned, heads.dtype), lambda: self._table(turned, context.positions, heads.dtype)
         )
@@ -214,13 +214,23 @@ class Rotary(Position):
         x = torch.stack(pair, -1).flatten(-2) if self.interleaved else torch.cat(pair, -1)
         return x if rest is None else torch.cat((x, rest), -1)
 
+    def turned(self, dim: int) -> int:
+        """How many entries of a head of that width are turned."""
+        return int(dim * self.fraction) // 2 * 2
+
+    def frequencies(self, turned: int, device: torch.device) -> Float[Tensor, "half"]:
+        """By how much each pair turns from one position to the next, in radians."""
+        frequencies = self.base ** (-torch.arange(0, turned, 2, device=device, dtype=torch.float32) / turned)
+        return frequencies if self.scaling is None else self.scaling(frequencies)
+
+    @property
+    def magnitude(self) -> float:
+        """What turned entries are multiplied by."""
+        return 1.0 if self.scaling is None else self.scaling.magnitude
+
     def _table(self, turned: int, positions: Int[Tensor, "batch time"], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        frequencies = self.base ** (-torch.arange(0, turned, 2, device=positions.device, dtype=torch.float32) / turned)
-        if self.scaling is not None:
-            frequencies = self.scaling(frequencies)
-        angle = positions.clamp(min=0)[..., None, None] * frequencies
-        magnitude = 1.0 if self.scaling is None else self.scaling.magnitude
-        return (angle.cos() * magnitude).to(dtype), (angle.sin() * magnitude).to(dtype)
+        angle = positions.clamp(min=0)[..., None, None] * self.frequencies(turned, positions.device)
+        return (angle.cos() * self.magnitude).to(dtype), (angle.sin() * self.magnitude).to(dtype)
 
 
 class Alibi(Position):

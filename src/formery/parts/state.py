@@ -5,7 +5,7 @@ Each row of a batch has its own length. Tokens lie in numbered *slots*; a slot k
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -233,6 +233,8 @@ class State:
         self.slots = Slots(batch, max(1, capacity), device)
         self.layers: dict[tuple[object, int], LayerState] = {}
         self.memory_positions: Int[Tensor, "batch source"] | None = None
+        self.pieces: Sequence[Any] | None = None  # the layers as the compiled kernels run them, where they do
+        self.exact = False  # a token's logits have the same bits however many tokens and rows are computed together
 
     @property
     def batch(self) -> int:

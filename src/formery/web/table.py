@@ -82,3 +82,13 @@ def _cells(row: "MethodRow", quality: str | None) -> list[RenderableType]:
     if quality is not None:
         cells.append(Text(f"{metrics(row.quality)[quality]:.3g}"))
     return cells
+
+
+def profile_table(rows: Sequence[tuple[str, float, int]], seconds: float) -> RenderableType:
+    """Where the time of a generation went."""
+    cells = [
+        (name, f"{spent * 1000:.1f}", f"{spent / seconds:.0%}" if seconds else "", str(times) if times else "")
+        for name, spent, times in rows
+    ]
+    head = ("where the time went", "ms", "share", "times")
+    return listing(head, [*cells, ("in all", f"{seconds * 1000:.1f}", "100%", "")], numbers=3)

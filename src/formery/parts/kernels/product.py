@@ -12,6 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from formery.parts.codes import Codes
+from formery.parts.native.mode import enabled
+
 ALONE = 500_000  # entries below which a single row is multiplied faster without the copy
 HINT = 8  # rows that the layout is chosen for
 
@@ -47,10 +50,21 @@ _active: ContextVar[Packing | None] = ContextVar("packing", default=None)
 
 def product(
     hidden: Float[Tensor, "... inputs"],
-    weight: Float[Tensor, "outputs inputs"],
+    weight: Float[Tensor, "outputs inputs"] | Codes,
     shift: Float[Tensor, "outputs"] | None = None,
 ) -> Float[Tensor, "... outputs"]:
-    """`hidden · weightᵀ + shift`; within a packing, in float32 on a CPU, by oneDNN where that is faster."""
+    """`hidden · weightᵀ + shift`: by the compiled kernels where they are used.
+
+    Otherwise, within a packing, in float32 on a CPU, by oneDNN where that is faster, and else by PyTorch.
+    """
+    if enabled(hidden) is not None:
+        from formery.parts.native.stack import alone
+
+        found = alone(hidden, weight.shape[0], lambda writer: writer.product(weight, shift, 0, 1))
+        if found is not None:
+            return found
+    if isinstance(weight, Codes):
+        return torch.nn.functional.linear(hidden, weight.weights().to(hidden.dtype), shift)
     packing = _active.get()
     if (
         packing is None

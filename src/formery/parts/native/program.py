@@ -1,0 +1,228 @@
+"""A stack of layers as a list of steps that one call carries out."""
+
+import ctypes
+from dataclasses import dataclass, field
+from itertools import groupby
+from time import perf_counter
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from formery.parts.context import Context
+from formery.parts.mask import Both, Causal, Everything, Mask, Window
+from formery.parts.position import Position
+from formery.parts.spans import watching
+from formery.parts.state import KeyValues, Memory
+
+COPY, ADD, NORM, NARROW, LINEAR, ROTATE, APPEND, ATTEND, CAP = range(9)
+EVERYTHING, CAUSAL, WINDOW, TABLE = range(4)
+_LONG, _POINTER = ctypes.c_int64, ctypes.c_void_p
+
+
+class Step(ctypes.Structure):
+    """As in program.cpp, which tells what the letters mean in each kind of step."""
+
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("kind", "source", "target", "extra")),
+        *((name, _LONG) for name in "abcd"),
+        *((name, ctypes.c_double) for name in "ef"),
+        *((name, _POINTER) for name in "pqr"),
+    ]
+
+
+class Cache(ctypes.Structure):
+    """Where one layer's keys and values lie."""
+
+    _fields_ = [
+        *((name, _POINTER) for name in ("keys", "values")),
+        *((name, _LONG) for name in ("row", "head", "slot", "slots", "narrow")),
+    ]
+
+
+class Seen(ctypes.Structure):
+    """Who sees whom, and what is added to the scores."""
+
+    _fields_ = [
+        ("kind", _LONG), ("window", _LONG), ("allowed", _POINTER), ("row", _LONG), ("head", _LONG), ("query", _LONG),
+        ("bias", _POINTER), ("bias_row", _LONG), ("bias_head", _LONG), ("bias_query", _LONG),
+    ]  # fmt: skip
+
+
+class Pass(ctypes.Structure):
+    """One run of a program."""
+
+    _fields_ = [
+        ("batch", _LONG), ("time", _LONG), ("threads", _LONG), ("positions", _POINTER), ("starts", _POINTER),
+        ("registers", _POINTER), ("room", _POINTER), ("caches", _POINTER), ("sights", _POINTER),
+        ("seconds", _POINTER),
+    ]  # fmt: skip
+
+
+class Unfit(Exception):
+    """A part, or a state, that the kernels do not know; it is then computed by its own `forward`."""
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """An attention whose keys and values are looked up for each pass.
+
+    turn: how often the part ran before in the pass. crossing: whether they are those of another text.
+    """
+
+    part: Any
+    turn: int
+    crossing: bool
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What an attention is allowed to see, and the position scheme that biases its scores."""
+
+    mask: Mask
+    heads: int
+    position: Position | None
+    crossing: bool
+
+
+@dataclass
+class Program:
+    """The steps, and what they need; register 0 is the stream of hidden vectors.
+
+    kept: tensors whose memory the steps point to. labels: what each step is for (attention, feed-forward, norm).
+    origin: the parts that it stands for.
+    """
+
+    library: ctypes.CDLL
+    widths: list[int]
+    steps: list[Step] = field(default_factory=list)
+    labels: list[str] = field(default_factory=list)
+    attentions: list[Remembered] = field(default_factory=list)
+    sights: list[Sight] = field(default_factory=list)
+    kept: list[Tensor] = field(default_factory=list)
+    origin: list[Any] = field(default_factory=list)
+    result: int = 0
+    narrowest: int = 0  # the widest input of a weight that is not in 32 bits
+
+    def __post_init__(self) -> None:
+        self._rows = 0
+
+    def run(self, hidden: Float[Tensor, "batch time width"], context: Context) -> Float[Tensor, "batch time width"]:
+        """The stream after all steps. Raises Unfit, and changes nothing, where a layer's memory is of another kind."""
+        batch, time, _ = hidden.shape
+        held: list[Any] = []
+        caches = (Cache * max(1, len(self.attentions)))(*(self._cache(one, context, held) for one in self.attentions))
+        sights = (Seen * max(1, len(self.sights)))(*(self._seen(one, context, held) for one in self.sights))
+        self._reserve(batch * time)
+        positions = context.positions.contiguous()
+        starts = [0] * batch if context.state is None else context.state.slots.start
+        spans, started = watching(), perf_counter()
+        seconds = None if spans is None else (ctypes.c_double * len(self.steps))()
+        count = batch * time * self.widths[0]
+        self._registers[0][:count].view_as(hidden).copy_(hidden)
+        self.library.formery_run(
+            self._array, len(self.steps),
+            ctypes.byref(Pass(
+                batch, time, torch.get_num_threads(), positions.data_ptr(),
+                ctypes.cast((_LONG * batch)(*starts), _POINTER), ctypes.cast(self._addresses, _POINTER),
+                self._room.data_ptr(), ctypes.cast(caches, _POINTER), ctypes.cast(sights, _POINTER),
+                None if seconds is None else ctypes.cast(seconds, _POINTER),
+            )),
+        )  # fmt: skip
+        if spans is not None and seconds is not None:
+            for label, steps in groupby(zip(self.labels, seconds, strict=True), lambda one: one[0]):
+                spent = sum(second for _, second in steps)
+                spans.add(label, started, spent)
+                started += spent
+        width = self.widths[self.result]
+        return self._registers[self.result][: batch * time * width].view(batch, time, width).to(hidden.dtype, copy=True)
+
+    def _reserve(self, rows: int) -> None:
+        if rows <= self._rows:
+            return
+        self._rows = rows
+        self._registers = [torch.empty(rows * width) for width in self.widths]
+        self._addresses = (_POINTER * len(self.widths))(*(one.data_ptr() for one in self._registers))
+        self._room = torch.empty(self.library.formery_room(rows, self.narrowest), dtype=torch.uint8)
+        self._array = (Step * len(self.steps))(*self.steps)
+
+    def _cache(self, one: Remembered, context: Context, held: list[Any]) -> Cache:
+        part, state = one.part, context.state
+        if one.crossing:
+            memory = part.read(context.memory_hidden) if state is None else state.layers[part, 0]
+            if type(memory) is not Memory:
+                raise Unfit
+            held.append(memory)
+            keys, values, (row, head, slot, _) = memory.keys, memory.values, memory.keys.stride()
+            slots, whole = keys.shape[2], keys.is_contiguous() and values.is_contiguous()
+        else:
+            own = state.of(part, one.turn) if state is not None else _for_one_pass(part, context, held)
+            if type(own) is not KeyValues:
+                raise Unfit
+            keys, values, (row, slot, head, _) = own.keys, own.values, own.keys.stride()
+            slots, whole = own.slots.filled, keys.is_contiguous() and values.is_contiguous()
+        if not whole or keys.shape != values.shape or keys.dtype not in (torch.float32, torch.bfloat16):
+            raise Unfit
+        return Cache(keys.data_ptr(), values.data_ptr(), row, head, slot, slots, keys.dtype == torch.bfloat16)
+
+    def _seen(self, one: Sight, context: Context, held: list[Any]) -> Seen:
+        reading = context.memory if one.crossing else context
+        assert reading is not None
+        seen = Seen(*_range(one.mask, reading))
+        if seen.kind == TABLE:
+            visibility = reading.visibility(one.mask, one.heads)
+            if visibility.allowed is None:
+                seen.kind = CAUSAL if visibility.causal else EVERYTHING
+            else:
+                allowed = visibility.allowed.contiguous()
+                held.append(allowed)
+                seen.allowed = allowed.data_ptr()
+                seen.row, seen.head, seen.query = _steps(allowed)
+        if one.position is not None and (bias := one.position.bias(one.heads, context)) is not None:
+            bias = bias.float().contiguous()
+            held.append(bias)
+            seen.bias = bias.data_ptr()
+            seen.bias_row, seen.bias_head, seen.bias_query = _steps(bias)
+        return seen
+
+
+class _OnePass:
+    """The slots of a pass without a state."""
+
+    def __init__(self, context: Context):
+        self.positions, self.filled = context.positions, context.positions.shape[1]
+
+
+def _for_one_pass(part: Any, context: Context, held: list[Any]) -> KeyValues:
+    """Room for the keys and values of a pass without a state; layers of one shape use it in turn."""
+    dtype = part.key.dtype
+    own = context.once(
+        ("keys and values", part.groups, part.dim, dtype),
+        lambda: KeyValues(cast(Any, _OnePass(context)), part.groups, part.dim, part.dim, dtype),
+    )
+    held.append(own)
+    return own
+
+
+def _range(mask: Mask, context: Context) -> tuple[int, int]:
+    """How a mask is told without a table, and its window; TABLE where it takes one."""
+    if context.visible is not None:
+        return TABLE, 0
+    if isinstance(mask, Everything):
+        return (EVERYTHING if context.full else TABLE), 0
+    ordered = context.even if context.state is None else context.state.slots.ordered
+    if not ordered:
+        return TABLE, 0
+    if isinstance(mask, Causal):
+        return CAUSAL, 0
+    if isinstance(mask, Both):
+        for first, second in ((mask.left, mask.right), (mask.right, mask.left)):
+            if isinstance(first, Causal) and isinstance(second, Window):
+                return WINDOW, second.size
+    return TABLE, 0
+
+
+def _steps(table: Tensor) -> list[int]:
+    """The steps of a table [#row, #head, #query, slot] that stands for all rows, heads or queries where it has one."""
+    return [0 if size == 1 else step for size, step in zip(table.shape[:3], table.stride()[:3], strict=True)]
