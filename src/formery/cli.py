@@ -221,6 +221,40 @@ def generate(
 
 
 @app.command()
+def advise(
+    model: Model = "code",
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            "--prompts",
+            metavar="FILE",
+            help="Your own prompts, as for generate's --input. [default: examples of a shipped model's work]",
+        ),
+    ] = None,
+    draft: Draft = None,
+    max_new_tokens: MaxNewTokens = 64,
+    confirm: Annotated[bool, typer.Option("--confirm", help="Run the best three, and compare.")] = False,
+    json_file: Json = None,
+) -> None:
+    """Say what would make a model faster here, and by how much.
+
+    Kernels, fewer bits, batches, drafting: measured or predicted in less than a minute, each with its error bar, what
+    it costs and how to apply it.
+    """
+    check_targets(json_file)
+    from formery.evidence.advise import advise as run
+    from formery.web.advice import advice
+    from formery.web.progress import Steps
+    from formery.web.table import console
+
+    with Steps("advising") as progress:
+        found = run(str(model), prompts, draft, max_new_tokens, confirm=confirm, progress=progress)
+    console(stderr=json_file == "-").print(advice(found))
+    if json_file is not None:
+        write_json(found.to_json(), json_file)
+
+
+@app.command()
 def inspect(
     checkpoint: Annotated[str, typer.Argument(metavar="NAME|DIR|ID", help="What `--model` takes.")],
     as_json: AsJson = False,

@@ -3,14 +3,14 @@
 It covers the paper's module and every module of this package that it imports, directly or not, as far as the
 source says so; not the rooms that only measure, list or show (`APART`), and not the `__init__` of a package
 of which only an inner module is imported. What counts is the meaning of the source: comments, docstrings and
-layout don't.
+layout don't. Sources in C++ beside a module count too.
 """
 
 import ast
 import hashlib
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -23,7 +23,9 @@ APART = ("formery.evidence", "formery.catalog", "formery.cli", "formery.web")
 
 def digest(module: str) -> str:
     """sha256 over the names and the meaning of `module` and all that it imports of this package."""
-    lines = [f"{name} {_read(path)[0]}\n" for name, path in sorted(modules(module).items())]
+    found = modules(module)
+    lines = [f"{name} {_read(path)[0]}\n" for name, path in sorted(found.items())]
+    lines += [f"{path.name} {_compiled(path)}\n" for path in _beside(found.values())]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
@@ -54,6 +56,18 @@ def source_of(module: str) -> Path | None:
         spec = importlib.util.find_spec(module)
         file = spec.origin if spec else None
     return Path(file) if file else None
+
+
+def _beside(paths: Iterable[Path]) -> list[Path]:
+    """The sources in C++ that lie beside these modules, and are built by them."""
+    folders = {path.parent for path in paths}
+    return sorted(path for folder in folders for path in [*folder.glob("*.h"), *folder.glob("*.cpp")])
+
+
+def _compiled(path: Path) -> str:
+    """A digest of what a source in C++ says, comments and layout aside."""
+    lines = [line.partition("//")[0] for line in path.read_text(encoding="utf-8").splitlines()]
+    return hashlib.sha256(" ".join(" ".join(lines).split()).encode()).hexdigest()
 
 
 def _apart(module: str) -> bool:

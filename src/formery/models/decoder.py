@@ -13,7 +13,7 @@ from formery.models.conventions import Conventions
 from formery.parts import Context, Embedding, Output, Part, State, TiedOutput
 from formery.parts.native import using
 from formery.parts.native.mode import Compile
-from formery.parts.native.stack import exact, pieces, run
+from formery.parts.native.stack import exact, pieces, plainly, run
 from formery.parts.state import Remembering
 
 if TYPE_CHECKING:
@@ -111,9 +111,10 @@ class Decoder(Part):
 
     def logits(self, hidden: Float[Tensor, "batch time width"]) -> Float[Tensor, "batch time vocabulary"]:
         """What the output makes of the last normed vectors."""
+        if torch.is_grad_enabled():
+            return cast(Tensor, self.output(hidden))
         with using(self.compiled):
-            result: Tensor = self.output(hidden)
-        return result
+            return cast(Tensor, self.output(hidden))
 
     def step(
         self,
@@ -148,6 +149,8 @@ class Decoder(Part):
         return self._run(tokens, context)
 
     def _run(self, tokens: Int[Tensor, "batch time"], context: Context) -> Float[Tensor, "batch time width"]:
+        if torch.is_grad_enabled():
+            return plainly(self.layers, self.norm, self.embedding(tokens, context), context)
         with using(self.compiled):
             hidden = self.embedding(tokens, context)
             return run(self.layers, self.norm, hidden, context, None if context.state is None else context.state.pieces)

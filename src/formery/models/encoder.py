@@ -12,7 +12,7 @@ from formery.models.conventions import Conventions
 from formery.parts import Context, Embedding, Part, Patches, SpeechStem
 from formery.parts.native import using
 from formery.parts.native.mode import Compile
-from formery.parts.native.stack import pieces, run
+from formery.parts.native.stack import pieces, plainly, run
 
 if TYPE_CHECKING:
     from formery.data.tokenizer import Tokenizer
@@ -51,6 +51,8 @@ class Encoder(Part):
             positions = self.embedding.places(source)
         self.check_length(positions.shape[1] if even else int(positions.max()) + 1)
         context = Context(positions, even=even, types=types)
+        if torch.is_grad_enabled():
+            return plainly(self.layers, self.norm, self.embedding(source, context), context)
         with using(self.compiled):
             return run(self.layers, self.norm, self.embedding(source, context), context, known)
 

@@ -50,7 +50,8 @@ def _by_kernels(part: MLP | GatedMLP, hidden: Tensor) -> Tensor | None:
     """
     if enabled(hidden) is None:
         return None
-    from formery.parts.native.lower import SET, sublayer
+    from formery.parts.native.lower import sublayer
     from formery.parts.native.stack import alone
+    from formery.parts.native.writer import SET
 
     return alone(hidden, part.width, lambda writer: sublayer(part, writer, 0, 1, SET))

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import nn
@@ -69,11 +70,12 @@ def train(
     best = Best(out / "best.safetensors", better, fresh=done == 0)
     log = Log(out, done)
     model.train()
+    running = compiled(model, plan)
     with Reporter(plan.label, done, last, quiet=not progress) as reporter, interrupts() as caught:
         for step in range(done + 1, last + 1):
             started = time.perf_counter()
             parts = [batches.batch((step - 1) * plan.accumulate + i) for i in range(plan.accumulate)]
-            loss = update(model, objective, parts, plan, optimizer, step)
+            loss = update(running, objective, parts, plan, optimizer, step)
             taken = time.perf_counter() - started
             seconds += taken
             speed = sum(map(target_count, parts)) / taken
@@ -95,6 +97,11 @@ def train(
                 print(f"stopped after step {step} of {last}, kept in {out}; {how}", file=sys.stderr)
                 raise KeyboardInterrupt
     return Result(max(done, last), loss, seconds, best.step, best.scores, best.path if best.step else None)
+
+
+def compiled(model: nn.Module, plan: Plan) -> nn.Module:
+    """The model as its plan has it run; the compiled one shares the weights."""
+    return cast(nn.Module, torch.compile(model)) if plan.compile else model
 
 
 def adamw(model: nn.Module, plan: Plan) -> torch.optim.AdamW:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -43,7 +44,7 @@ def attend(
     SDPA has no soft cap and flex no dropout: what a kernel cannot do, the eager reference does.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    name = _chosen.get()
+    name = "auto" if torch.compiler.is_compiling() else _chosen.get()
     if name == "flex" and not dropout:
         from formery.parts.kernels.flex import flex
 

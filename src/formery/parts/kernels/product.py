@@ -65,14 +65,13 @@ def product(
             return found
     if isinstance(weight, Codes):
         return torch.nn.functional.linear(hidden, weight.weights().to(hidden.dtype), shift)
-    packing = _active.get()
+    packing = None if torch.is_grad_enabled() else _active.get()
     if (
         packing is None
         or hidden.dtype != torch.float32
         or weight.dtype != torch.float32
         or hidden.device.type != "cpu"
         or (hidden.numel() == hidden.shape[-1] and weight.numel() < ALONE)
-        or torch.is_grad_enabled()
         or not available()
     ):
         return torch.nn.functional.linear(hidden, weight, shift)

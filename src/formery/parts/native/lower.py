@@ -3,177 +3,21 @@
 import ctypes
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from formery.parts.attention import Attention, CrossAttention
-from formery.parts.codes import Codes
 from formery.parts.experts import Experts
 from formery.parts.feedforward import MLP, GatedMLP
-from formery.parts.linear import Linear
 from formery.parts.native.program import (
     ADD,
     APPEND,
-    ATTEND,
-    LINEAR,
-    NARROW,
-    NORM,
-    ROTATE,
     Program,
-    Remembered,
-    Sight,
-    Step,
     Unfit,
 )  # fmt: skip
-from formery.parts.norm import AcrossHeads, LayerNorm, RMSNorm
-from formery.parts.position import Position, Rotary, Together
+from formery.parts.native.writer import PLUS, SET, TIMES, Writer, plain
+from formery.parts.norm import LayerNorm, RMSNorm
 from formery.parts.residual import Layer, Parallel, PostNorm, PreNorm, Sandwich
-
-ACTIVATIONS = ("identity", "relu", "relu2", "gelu", "gelu_tanh", "quick_gelu", "silu", "tanh", "sigmoid")
-SET, PLUS, TIMES = range(3)
-FULL, BRAIN, BYTE, NIBBLE = range(4)
-
-
-class Writer:
-    """Writes the steps of a program, part by part."""
-
-    def __init__(self, library: ctypes.CDLL, width: int, turns: Counter[int]):
-        self.program = Program(library, [width])
-        self.names: dict[tuple[str, int], int] = {}
-        self.turns = turns
-        self.narrowed: tuple[int, int] | None = None  # the register, and the form, that lies in the room
-        self.label = "other"
-
-    def register(self, name: str, width: int) -> int:
-        """A register of that width, shared by all that ask for it by that name."""
-        if (name, width) not in self.names:
-            self.names[name, width] = len(self.program.widths)
-            self.program.widths.append(width)
-        return self.names[name, width]
-
-    def step(self, kind: int, source: int, target: int, extra: int = 0, **rest: Any) -> None:
-        """Adds a step."""
-        if kind != NARROW and self.narrowed is not None and target == self.narrowed[0]:
-            self.narrowed = None
-        pointers = {name: self.pointer(rest.pop(name)) for name in "pqr" if rest.get(name) is not None}
-        self.program.steps.append(Step(kind, source, target, extra, **rest, **pointers))
-        self.program.labels.append(self.label)
-
-    def pointer(self, tensor: Tensor) -> int:
-        """The address of a tensor that is kept as long as the program."""
-        self.program.kept.append(tensor)
-        return tensor.data_ptr()
-
-    def linear(self, part: nn.Module, source: int, target: int, into: int = SET, activation: str = "identity") -> None:
-        """target = activation(weight · source + bias), or added to it, or multiplied with it."""
-        plain(part, Linear)
-        assert isinstance(part, Linear)
-        if activation not in ACTIVATIONS or (into != SET and activation != "identity"):
-            raise Unfit
-        self.product(part.weight, part.shift, source, target, into, ACTIVATIONS.index(activation))
-
-    def product(
-        self,
-        weight: Tensor | Codes,
-        shift: Tensor | None,
-        source: int,
-        target: int,
-        into: int = SET,
-        activation: int = 0,
-    ) -> None:
-        """As `linear`, of the weights themselves."""
-        outputs, inputs = weight.shape
-        form, address, scales = _store(weight)
-        if form != FULL:
-            if self.narrowed != (source, min(form, BYTE)):
-                self.step(NARROW, source, source, a=inputs, c=form)
-                self.narrowed = (source, min(form, BYTE))
-            self.program.narrowest = max(self.program.narrowest, inputs)
-        bias = None if shift is None else whole(shift)
-        self.step(LINEAR, source, target, into, a=inputs, b=outputs, c=form, d=activation, p=address, q=scales, r=bias)
-
-    def norm(self, part: nn.Module, source: int, target: int, repeat: int = 1) -> None:
-        """target = the norm of source, `repeat` times in each row."""
-        plain(part, LayerNorm, RMSNorm)
-        rms = isinstance(part, RMSNorm)
-        assert isinstance(part, LayerNorm | RMSNorm)
-        shift = None if isinstance(part, RMSNorm) or part.shift is None else whole(part.shift)
-        offset = part.offset if isinstance(part, RMSNorm) else 0.0
-        sizes: dict[str, Any] = {"a": part.width, "b": repeat, "c": int(rms), "e": part.epsilon, "f": offset}
-        self.step(NORM, source, target, **sizes, p=whole(part.weight), q=shift)
-
-    def head_norm(self, part: nn.Module | None, register: int, heads: int, dim: int) -> None:
-        """Norms queries or keys, head by head or all heads of a token together."""
-        if part is None:
-            return
-        if isinstance(part, AcrossHeads):
-            plain(part, AcrossHeads)
-            part, heads, dim = part.norm, 1, heads * dim
-        if getattr(part, "width", None) != dim:
-            raise Unfit
-        self.norm(part, register, register, heads)
-
-    def rotate(self, position: Position | None, register: int, heads: int, dim: int) -> None:
-        """Turns queries or keys where the position scheme does."""
-        for one in position.parts if isinstance(position, Together) else [position]:
-            if not isinstance(one, Position) or type(one).rotate is Position.rotate:
-                continue
-            plain(one, Rotary)
-            assert isinstance(one, Rotary)
-            turned = one.turned(dim)
-            if turned > 2048:
-                raise Unfit
-            sizes: dict[str, Any] = {"a": heads, "b": dim, "c": turned, "d": int(one.interleaved), "e": one.magnitude}
-            self.step(ROTATE, register, register, **sizes, p=one.frequencies(turned, torch.device("cpu")))
-
-    def attend(self, part: Attention | CrossAttention, query: int, mixed: int, position: Position | None) -> int:
-        """Adds the step of attention itself; returns which cache it reads."""
-        crossing = isinstance(part, CrossAttention)
-        program = self.program
-        biased = position is not None and _biases(position)
-        sight = Sight(part.mask, part.heads, position if biased else None, crossing)
-        if sight not in program.sights:
-            program.sights.append(sight)
-        cache = len(program.attentions)
-        program.attentions.append(Remembered(part, self.turns[id(part)], crossing))
-        self.turns[id(part)] += 1
-        scale = part.dim**-0.5 if part.scale is None else part.scale
-        cap = part.soft_cap if isinstance(part, Attention) and part.soft_cap is not None else 0.0
-        sizes: dict[str, Any] = {"a": part.heads, "b": part.groups, "c": cache, "d": part.dim, "e": scale, "f": cap}
-        self.step(ATTEND, query, mixed, program.sights.index(sight), **sizes)
-        return cache
-
-
-def plain(part: Any, *kinds: type) -> None:
-    """Unfit unless the part is of just one of these kinds, as it was made, with nobody listening to it."""
-    hooks = (part._forward_hooks, part._forward_pre_hooks) if isinstance(part, nn.Module) else ()
-    if type(part) not in kinds or any(hooks) or "forward" in part.__dict__ or part.training:
-        raise Unfit
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The numbers in 32 bits."""
-    if tensor.device.type != "cpu":
-        raise Unfit
-    return tensor.detach().float().contiguous()
-
-
-def _store(weight: Tensor | Codes) -> tuple[int, Tensor, Tensor | None]:
-    if isinstance(weight, Codes):
-        if weight.codes.device.type != "cpu":
-            raise Unfit
-        return (BYTE if weight.bits == 8 else NIBBLE), weight.codes, weight.scales
-    if weight.dtype not in (torch.float32, torch.bfloat16) or weight.device.type != "cpu" or not weight.is_contiguous():
-        raise Unfit
-    return (FULL if weight.dtype == torch.float32 else BRAIN), weight.detach(), None
-
-
-def _biases(position: Position) -> bool:
-    if isinstance(position, Together):
-        return any(isinstance(one, Position) and _biases(one) for one in position.parts)
-    return type(position).bias is not Position.bias
 
 
 def sublayer(part: nn.Module, writer: Writer, source: int, target: int, into: int) -> None:

@@ -55,8 +55,11 @@ def prepare(mode: Compile, work: float) -> None:
 
 def enabled(*tensors: Tensor) -> ctypes.CDLL | None:
     """The kernels, if they may be used here and now on these tensors."""
+    # Gradients first: torch.compile, which trains, cannot follow a context variable.
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
     mode = _mode.get()
-    if mode is False or torch.is_grad_enabled():
+    if mode is False:
         return None
     if any(tensor.device.type != "cpu" for tensor in tensors):
         return None

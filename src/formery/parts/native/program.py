@@ -111,6 +111,8 @@ class Program:
     def run(self, hidden: Float[Tensor, "batch time width"], context: Context) -> Float[Tensor, "batch time width"]:
         """The stream after all steps. Raises Unfit, and changes nothing, where a layer's memory is of another kind."""
         batch, time, _ = hidden.shape
+        if batch * time == 0:
+            raise Unfit
         held: list[Any] = []
         caches = (Cache * max(1, len(self.attentions)))(*(self._cache(one, context, held) for one in self.attentions))
         sights = (Seen * max(1, len(self.sights)))(*(self._seen(one, context, held) for one in self.sights))

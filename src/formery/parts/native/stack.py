@@ -2,16 +2,17 @@
 
 import ctypes
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from formery.parts.context import Context
-from formery.parts.native.lower import Piece, Writer, lower, row_by_row
+from formery.parts.native.lower import Piece, lower, row_by_row
 from formery.parts.native.mode import enabled
 from formery.parts.native.program import Pass, Program, Step, Unfit
+from formery.parts.native.writer import Writer
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
@@ -41,24 +42,27 @@ def run(
     if usable and known is None:
         known = pieces(layers, norm, hidden.shape[-1])
     if not usable or known is None:
-        return plainly([*layers, *([] if norm is None else [norm])], norm, hidden, context)
+        return plainly(layers, norm, hidden, context)
     for piece in known:
         try:
             if isinstance(piece, Program):
                 hidden = piece.run(hidden, context)
             else:
-                hidden = plainly([piece], norm, hidden, context)
+                hidden = piece(hidden) if piece is norm else piece(hidden, context)
         except Unfit:
             assert isinstance(piece, Program)
-            hidden = plainly(piece.origin, norm, hidden, context)
+            normed = norm is not None and piece.origin[-1] is norm
+            hidden = plainly(piece.origin[: -1 if normed else None], norm if normed else None, hidden, context)
     return hidden
 
 
-def plainly(parts: Sequence[nn.Module], norm: nn.Module | None, hidden: Tensor, context: Context) -> Tensor:
-    """The parts one after the other; the norm is told nothing of the pass."""
-    for part in parts:
-        hidden = part(hidden) if part is norm else part(hidden, context)
-    return hidden
+def plainly(
+    layers: Iterable[nn.Module], norm: nn.Module | None, hidden: Tensor, context: Context
+) -> Float[Tensor, "batch time width"]:
+    """The layers one after the other by their own `forward`, and the norm."""
+    for layer in layers:
+        hidden = layer(hidden, context)
+    return hidden if norm is None else norm(hidden)
 
 
 def alone(
