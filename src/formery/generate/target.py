@@ -15,7 +15,7 @@ from formery.parts import Packing, State
 # trained models stay below 16 units of rounding of the largest logit; the bound leaves a wide margin above that.
 # In 16 bits the differences are of a few units, and so is the bound.
 UNITS = {torch.float64: 256, torch.float32: 256, torch.bfloat16: 16, torch.float16: 16}
-
+CODED = 64  # times that, where weights are codes: inputs are rounded to 16 bits, which a last bit may tip
 
 START = 4  # room for what a decoder reads before it writes, where the prompt is read apart
 
@@ -72,6 +72,9 @@ def canonical(model: Model, prompt: Source, tokens: Sequence[int]) -> Float[Tens
     return logits[0, 0]
 
 
-def rounding_bound(logits: Float[Tensor, "... vocabulary"]) -> Float[Tensor, "..."]:
-    """A margin between two logits below which rounding could have changed their order."""
-    return 2 * UNITS[logits.dtype] * torch.finfo(logits.dtype).eps * logits.abs().amax(-1)
+def rounding_bound(logits: Float[Tensor, "... vocabulary"], coded: bool = False) -> Float[Tensor, "..."]:
+    """A margin between two logits below which rounding could have changed their order.
+
+    coded: the weights are codes, whose inputs are rounded to 16 bits.
+    """
+    return 2 * UNITS[logits.dtype] * (CODED if coded else 1) * torch.finfo(logits.dtype).eps * logits.abs().amax(-1)

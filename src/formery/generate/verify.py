@@ -24,6 +24,7 @@ from formery.generate.settings import Settings
 from formery.generate.stopping import Stopping
 from formery.generate.target import Target, canonical, full_length, rounding_bound
 from formery.models import Model, Source
+from formery.parts import Codes
 from formery.parts.spans import span
 
 
@@ -116,6 +117,7 @@ class Judge:
 
     def __init__(self, model: Model, settings: Settings, rule: Rule, guard: bool):
         self.model, self.settings, self.rule, self.guard = model, settings, rule, guard
+        self.coded = guard and any(isinstance(part, Codes) for part in model.modules())
 
     def __call__(
         self, rows: Sequence[Row], drafts: Sequence[Draft], logits: Float[Tensor, "batch width vocabulary"]
@@ -143,7 +145,7 @@ class Judge:
             ]
         # A penalty multiplies what rounding did to a logit as well.
         penalty = self.settings.repetition_penalty
-        bound = rounding_bound(plain) * max(penalty, 1 / penalty)
+        bound = rounding_bound(plain, self.coded) * max(penalty, 1 / penalty)
         top = logits.topk(min(2, logits.shape[-1]), -1)
         choices = top.indices[..., 0].tolist()
         close = (top.values[..., 0] - top.values[..., -1] <= bound).tolist()

@@ -27,7 +27,7 @@ from formery.models.encoder_decoder import EncoderDecoder
 from formery.models.filling import Group, fill
 from formery.models.quantise import Quantise, quantise
 from formery.models.weights import PICKLES, WEIGHTS, shapes
-from formery.parts import Part, build
+from formery.parts import Codes, Part, build
 from formery.parts.native import build as kernels
 from formery.parts.native.mode import Compile, checked
 
@@ -128,6 +128,8 @@ def load(
     model = _loaded(locate(path, revision), kind, device)
     if quantize is not None:
         quantise(model, quantize)
+    if any(isinstance(part, Codes) for part in model.modules()):
+        model.float()  # codes are computed with in 32 bits
     if mode is True:
         kernels.build()
     for part in model.modules():

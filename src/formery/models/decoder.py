@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from formery.errors import FormeryError
 from formery.models.conventions import Conventions
-from formery.parts import Context, Embedding, Output, Part, State, TiedOutput
+from formery.parts import Context, Embedding, Part, State
 from formery.parts.native import using
 from formery.parts.native.mode import Compile
-from formery.parts.native.stack import exact, pieces, plainly, run
+from formery.parts.native.stack import exact, pieces, plainly, row_by_row_out, run
 from formery.parts.state import Remembering
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ class Decoder(Part):
                 turns[remembering] += 1
         with using(self.compiled):
             state.pieces = pieces(self.layers, self.norm, self.embedding.width)
-        state.exact = exact(state.pieces) and isinstance(self.output, Output | TiedOutput)
+        state.exact = exact(state.pieces) and row_by_row_out(self.output)
         return state
 
     def logits(self, hidden: Float[Tensor, "batch time width"]) -> Float[Tensor, "batch time vocabulary"]:

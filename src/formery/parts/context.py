@@ -1,7 +1,7 @@
 """What one pass over a model knows besides the hidden vectors: positions, who is visible, the decode state."""
 
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -80,6 +80,12 @@ class Context:
             return None
         self._turns[part] += 1
         return self.state.of(part, self._turns[part] - 1)
+
+    def turns(self, told: Mapping[Any, int] | None = None) -> Mapping[Any, int]:
+        """How often each remembering part ran in this pass; as it is told to be, if it is."""
+        if told is not None:
+            self._turns = Counter(told)
+        return dict(self._turns)
 
     def visibility(self, mask: Mask, heads: int) -> Visibility:
         """Who sees whom under `mask`, in each of so many heads, in this pass."""

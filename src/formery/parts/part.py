@@ -108,7 +108,7 @@ def _describe(value: Any, path: str, seen: dict[int, str]) -> Plain:
             if id(value) in seen:
                 return {"same_as": seen[id(value)]}
             seen[id(value)] = path
-        replaced = sorted(getattr(value, "replaced", ()))
+        replaced = sorted({*getattr(value, "replaced", ()), *_changed(value)})
         inner = {**value.arguments(), **{name: getattr(value, name) for name in replaced}}
         described = {name: _describe(one, _join(path, name), seen) for name, one in inner.items()}
         return {"part": type(value).__name__, **described, **({"replaced": [*replaced]} if replaced else {})}
@@ -117,6 +117,15 @@ def _describe(value: Any, path: str, seen: dict[int, str]) -> Plain:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise TypeError(f"{path}: {type(value).__name__} is no plain data")
+
+
+def _changed(value: Described) -> list[str]:
+    """The inner parts that the constructor makes itself and in which something was replaced."""
+    if not isinstance(value, Part):
+        return []
+    given = value.parameters_of_constructor()
+    made = [(name, one) for name, one in value.named_children() if isinstance(one, Part) and name not in given]
+    return [name for name, one in made if any(hasattr(part, "replaced") for part in one.modules())]
 
 
 def _build(data: Plain, path: str, made: dict[str, Any]) -> Any:

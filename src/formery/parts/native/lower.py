@@ -1,7 +1,6 @@
 """From parts to steps: what each kind of part is for the kernels. A kind that is not here runs by its own `forward`."""
 
 import ctypes
-from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from torch import nn
@@ -106,8 +105,7 @@ Piece = Program | nn.Module
 def lower(library: ctypes.CDLL, layers: Sequence[nn.Module], norm: nn.Module | None, width: int) -> list[Piece]:
     """Layers, and the norm behind them, as programs that are as long as can be; what cannot be one stands by itself."""
     pieces: list[Piece] = []
-    turns: Counter[int] = Counter()
-    writer = Writer(library, width, turns)
+    writer = Writer(library, width)
     for part in _units(layers, library, width):
         if _fits(part, library, width):
             layer(part, writer)
@@ -116,8 +114,7 @@ def lower(library: ctypes.CDLL, layers: Sequence[nn.Module], norm: nn.Module | N
         if writer.program.steps:
             pieces.append(writer.program)
         pieces.append(part)
-        turns.update(id(one) for one in part.modules())
-        writer = Writer(library, width, turns)
+        writer = Writer(library, width)
     if norm is not None:
         try:
             _norm(norm, writer, 0, 0)
@@ -130,7 +127,7 @@ def lower(library: ctypes.CDLL, layers: Sequence[nn.Module], norm: nn.Module | N
 def _fits(part: nn.Module, library: ctypes.CDLL, width: int) -> bool:
     """Whether the kernels know all of it."""
     try:
-        layer(part, Writer(library, width, Counter()))
+        layer(part, Writer(library, width))
     except Unfit:
         return False
     return True

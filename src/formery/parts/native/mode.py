@@ -34,7 +34,7 @@ def checked(mode: object) -> Compile:
     """The mode, if it is one."""
     if mode not in (True, False, "auto"):
         raise FormeryError(f"compile must be True, False or 'auto', not {mode!r}.")
-    return mode
+    return "auto" if mode == "auto" else bool(mode)
 
 
 def prepare(mode: Compile, work: float) -> None:

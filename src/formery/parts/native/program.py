@@ -18,6 +18,7 @@ from formery.parts.state import KeyValues, Memory
 
 COPY, ADD, NORM, NARROW, LINEAR, ROTATE, APPEND, ATTEND, CAP = range(9)
 EVERYTHING, CAUSAL, WINDOW, TABLE = range(4)
+PLAIN: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever PyTorch makes by default
 _LONG, _POINTER = ctypes.c_int64, ctypes.c_void_p
 
 
@@ -68,11 +69,10 @@ class Unfit(Exception):
 class Remembered:
     """An attention whose keys and values are looked up for each pass.
 
-    turn: how often the part ran before in the pass. crossing: whether they are those of another text.
+    crossing: whether they are those of another text.
     """
 
     part: Any
-    turn: int
     crossing: bool
 
 
@@ -107,6 +107,8 @@ class Program:
 
     def __post_init__(self) -> None:
         self._rows = 0
+        self._caches = (Cache * 1)()
+        self._known: list[tuple[Tensor, Tensor] | None] = []
 
     def run(self, hidden: Float[Tensor, "batch time width"], context: Context) -> Float[Tensor, "batch time width"]:
         """The stream after all steps. Raises Unfit, and changes nothing, where a layer's memory is of another kind."""
@@ -114,10 +116,17 @@ class Program:
         if batch * time == 0:
             raise Unfit
         held: list[Any] = []
-        caches = (Cache * max(1, len(self.attentions)))(*(self._cache(one, context, held) for one in self.attentions))
+        filled = 0 if context.state is None else context.state.slots.filled
+        turns = context.turns()
+        try:
+            for number, one in enumerate(self.attentions):
+                self._look_up(number, one, context, filled, held)
+        except Unfit:
+            context.turns(turns)
+            raise
         sights = (Seen * max(1, len(self.sights)))(*(self._seen(one, context, held) for one in self.sights))
         self._reserve(batch * time)
-        positions = context.positions.contiguous()
+        positions = context.positions.to(torch.int64).contiguous()
         starts = [0] * batch if context.state is None else context.state.slots.start
         spans, started = watching(), perf_counter()
         seconds = None if spans is None else (ctypes.c_double * len(self.steps))()
@@ -128,7 +137,7 @@ class Program:
             ctypes.byref(Pass(
                 batch, time, torch.get_num_threads(), positions.data_ptr(),
                 ctypes.cast((_LONG * batch)(*starts), _POINTER), ctypes.cast(self._addresses, _POINTER),
-                self._room.data_ptr(), ctypes.cast(caches, _POINTER), ctypes.cast(sights, _POINTER),
+                self._room.data_ptr(), ctypes.cast(self._caches, _POINTER), ctypes.cast(sights, _POINTER),
                 None if seconds is None else ctypes.cast(seconds, _POINTER),
             )),
         )  # fmt: skip
@@ -144,29 +153,39 @@ class Program:
         if rows <= self._rows:
             return
         self._rows = rows
-        self._registers = [torch.empty(rows * width) for width in self.widths]
+        self._registers = [torch.empty(rows * width, **PLAIN) for width in self.widths]
         self._addresses = (_POINTER * len(self.widths))(*(one.data_ptr() for one in self._registers))
-        self._room = torch.empty(self.library.formery_room(rows, self.narrowest), dtype=torch.uint8)
+        self._room = torch.empty(self.library.formery_room(rows, self.narrowest), dtype=torch.uint8, device="cpu")
         self._array = (Step * len(self.steps))(*self.steps)
 
-    def _cache(self, one: Remembered, context: Context, held: list[Any]) -> Cache:
+    def _look_up(self, number: int, one: Remembered, context: Context, filled: int, held: list[Any]) -> None:
+        """Where the keys and values of an attention lie; told anew only where they are other tensors than before."""
+        if len(self._known) != len(self.attentions):
+            self._caches, self._known = (Cache * len(self.attentions))(), [None] * len(self.attentions)
         part, state = one.part, context.state
         if one.crossing:
-            memory = part.read(context.memory_hidden) if state is None else state.layers[part, 0]
-            if type(memory) is not Memory:
-                raise Unfit
-            held.append(memory)
-            keys, values, (row, head, slot, _) = memory.keys, memory.values, memory.keys.stride()
-            slots, whole = keys.shape[2], keys.is_contiguous() and values.is_contiguous()
+            own: Any = part.read(context.memory_hidden) if state is None else state.layers[part, 0]
         else:
-            own = state.of(part, one.turn) if state is not None else _for_one_pass(part, context, held)
-            if type(own) is not KeyValues:
-                raise Unfit
-            keys, values, (row, slot, head, _) = own.keys, own.values, own.keys.stride()
-            slots, whole = own.slots.filled, keys.is_contiguous() and values.is_contiguous()
-        if not whole or keys.shape != values.shape or keys.dtype not in (torch.float32, torch.bfloat16):
+            own = context.remembered(part)
+            own = _for_one_pass(part, context, held) if own is None else own
+        if type(own) is not (Memory if one.crossing else KeyValues):
             raise Unfit
-        return Cache(keys.data_ptr(), values.data_ptr(), row, head, slot, slots, keys.dtype == torch.bfloat16)
+        keys, values = own.keys, own.values
+        known = self._known[number]
+        if known is None or keys is not known[0] or values is not known[1]:
+            held.append(own)
+            whole = keys.is_contiguous() and values.is_contiguous() and keys.shape == values.shape
+            if not whole or keys.dtype not in (torch.float32, torch.bfloat16):
+                raise Unfit
+            row, first, second, _ = keys.stride()
+            head, slot = (first, second) if one.crossing else (second, first)
+            slots = keys.shape[2] if one.crossing else keys.shape[1]
+            self._caches[number] = Cache(
+                keys.data_ptr(), values.data_ptr(), row, head, slot, slots, keys.dtype == torch.bfloat16
+            )
+            self._known[number] = keys, values
+        if state is not None and not one.crossing:
+            self._caches[number].slots = filled
 
     def _seen(self, one: Sight, context: Context, held: list[Any]) -> Seen:
         reading = context.memory if one.crossing else context
@@ -211,16 +230,16 @@ def _range(mask: Mask, context: Context) -> tuple[int, int]:
     """How a mask is told without a table, and its window; TABLE where it takes one."""
     if context.visible is not None:
         return TABLE, 0
-    if isinstance(mask, Everything):
+    if type(mask) is Everything:
         return (EVERYTHING if context.full else TABLE), 0
     ordered = context.even if context.state is None else context.state.slots.ordered
     if not ordered:
         return TABLE, 0
-    if isinstance(mask, Causal):
+    if type(mask) is Causal:
         return CAUSAL, 0
-    if isinstance(mask, Both):
+    if type(mask) is Both:
         for first, second in ((mask.left, mask.right), (mask.right, mask.left)):
-            if isinstance(first, Causal) and isinstance(second, Window):
+            if type(first) is Causal and type(second) is Window and second.size > 0:
                 return WINDOW, second.size
     return TABLE, 0
 

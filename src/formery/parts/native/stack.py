@@ -1,18 +1,20 @@
 """A stack of layers, run by the kernels where they can, by the layers' own `forward` where they cannot."""
 
 import ctypes
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from formery.parts.context import Context
+from formery.parts.embed import Output, TiedOutput
+from formery.parts.linear import Linear
 from formery.parts.native.lower import Piece, lower, row_by_row
 from formery.parts.native.mode import enabled
-from formery.parts.native.program import Pass, Program, Step, Unfit
-from formery.parts.native.writer import Writer
+from formery.parts.native.program import PLAIN, Pass, Program, Step, Unfit
+from formery.parts.native.writer import Writer, plain, store
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
@@ -28,6 +30,26 @@ def pieces(layers: nn.ModuleList, norm: nn.Module | None, width: int) -> list[Pi
 def exact(known: Sequence[Piece] | None) -> bool:
     """Whether a token's vector has the same bits however many tokens and rows are computed together."""
     return known is not None and all(row_by_row(piece) for piece in known)
+
+
+def row_by_row_out(part: nn.Module) -> bool:
+    """Whether logits have the same bits however many tokens are computed together: all maps are the kernels'."""
+    try:
+        plain(part, Output, TiedOutput)
+        if isinstance(part, Output):
+            plain(part.map, Linear)
+            weights: list[Any] = [part.map.weight]
+        else:
+            assert isinstance(part, TiedOutput)
+            weights = [part.embedding.weight]
+            if part.lower is not None:
+                plain(part.lower, Linear)
+                weights.append(part.lower.weight)
+        for weight in weights:
+            store(weight)
+    except Unfit:
+        return False
+    return True
 
 
 def run(
@@ -75,7 +97,7 @@ def alone(
     library = enabled(hidden)
     if library is None or hidden.dtype not in _DTYPES:
         return None
-    writer = Writer(library, hidden.shape[-1], Counter())
+    writer = Writer(library, hidden.shape[-1])
     writer.program.widths.append(outputs)
     try:
         write(writer)
@@ -83,11 +105,11 @@ def alone(
         return None
     program, source = writer.program, hidden.float().contiguous()
     rows = source.numel() // program.widths[0]
-    result = torch.empty(*hidden.shape[:-1], outputs)
+    result = torch.empty(*hidden.shape[:-1], outputs, **PLAIN)
     if rows:
-        others = [torch.empty(rows * width) for width in program.widths[2:]]
+        others = [torch.empty(rows * width, **PLAIN) for width in program.widths[2:]]
         steps = (Step * len(program.steps))(*program.steps)
-        room = torch.empty(library.formery_room(rows, program.narrowest), dtype=torch.uint8)
+        room = torch.empty(library.formery_room(rows, program.narrowest), dtype=torch.uint8, device="cpu")
         addresses = [one.data_ptr() for one in (source, result, *others)]
         registers = ctypes.cast((ctypes.c_void_p * len(addresses))(*addresses), ctypes.c_void_p)
         one = Pass(rows, 1, torch.get_num_threads(), None, None, registers, room.data_ptr())

@@ -120,7 +120,7 @@ static inline float most(v16 a) {
     return best;
 }
 
-// e^x to two units of rounding; 0 below -87.
+// e^x to two units of rounding; 0 below -87, infinite above 88.
 static inline v16 exponential(v16 x) {
     v16 inside = larger(smaller(x, all(88.0f)), all(-87.3f));
     v16 turns = inside * 1.44269504f;
@@ -137,7 +137,8 @@ static inline v16 exponential(v16 x) {
     i16 power = (__builtin_convertvector(whole, i16) + 127) << 23;
     v16 scale;
     memcpy(&scale, &power, 64);
-    return x < -87.3f ? v16{} : y * scale;
+    v16 large = x > 88.0f ? all(__builtin_inff()) : y * scale;
+    return x < -87.3f ? v16{} : large;
 }
 
 static inline v16 hyperbolic_tangent(v16 x) {

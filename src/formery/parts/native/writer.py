@@ -1,7 +1,6 @@
 """Writes the steps of a program: products, norms, rotary positions, attention."""
 
 import ctypes
-from collections import Counter
 from typing import Any
 
 import torch
@@ -33,10 +32,9 @@ FULL, BRAIN, BYTE, NIBBLE = range(4)
 class Writer:
     """Writes the steps of a program, part by part."""
 
-    def __init__(self, library: ctypes.CDLL, width: int, turns: Counter[int]):
+    def __init__(self, library: ctypes.CDLL, width: int):
         self.program = Program(library, [width])
         self.names: dict[tuple[str, int], int] = {}
-        self.turns = turns
         self.narrowed: tuple[int, int] | None = None  # the register, and the form, that lies in the room
         self.label = "other"
 
@@ -54,6 +52,11 @@ class Writer:
         pointers = {name: self.pointer(rest.pop(name)) for name in "pqr" if rest.get(name) is not None}
         self.program.steps.append(Step(kind, source, target, extra, **rest, **pointers))
         self.program.labels.append(self.label)
+
+    def fits(self, register: int, width: int) -> None:
+        """Unfit where vectors of a register are not of that width: the kernels would read or write beside them."""
+        if self.program.widths[register] != width:
+            raise Unfit
 
     def pointer(self, tensor: Tensor) -> int:
         """The address of a tensor that is kept as long as the program."""
@@ -79,7 +82,11 @@ class Writer:
     ) -> None:
         """As `linear`, of the weights themselves."""
         outputs, inputs = weight.shape
-        form, address, scales = _store(weight)
+        self.fits(source, inputs)
+        self.fits(target, outputs)
+        if shift is not None and shift.shape != (outputs,):
+            raise Unfit
+        form, address, scales = store(weight)
         if form != FULL:
             if self.narrowed != (source, min(form, BYTE)):
                 self.step(NARROW, source, source, a=inputs, c=form)
@@ -93,6 +100,10 @@ class Writer:
         plain(part, LayerNorm, RMSNorm)
         rms = isinstance(part, RMSNorm)
         assert isinstance(part, LayerNorm | RMSNorm)
+        self.fits(source, part.width * repeat)
+        self.fits(target, part.width * repeat)
+        if part.weight.shape != (part.width,):
+            raise Unfit
         shift = None if isinstance(part, RMSNorm) or part.shift is None else whole(part.shift)
         offset = part.offset if isinstance(part, RMSNorm) else 0.0
         sizes: dict[str, Any] = {"a": part.width, "b": repeat, "c": int(rms), "e": part.epsilon, "f": offset}
@@ -131,8 +142,7 @@ class Writer:
         if sight not in program.sights:
             program.sights.append(sight)
         cache = len(program.attentions)
-        program.attentions.append(Remembered(part, self.turns[id(part)], crossing))
-        self.turns[id(part)] += 1
+        program.attentions.append(Remembered(part, crossing))
         scale = part.dim**-0.5 if part.scale is None else part.scale
         cap = part.soft_cap if isinstance(part, Attention) and part.soft_cap is not None else 0.0
         sizes: dict[str, Any] = {"a": part.heads, "b": part.groups, "c": cache, "d": part.dim, "e": scale, "f": cap}
@@ -154,7 +164,8 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.detach().float().contiguous()
 
 
-def _store(weight: Tensor | Codes) -> tuple[int, Tensor, Tensor | None]:
+def store(weight: Tensor | Codes) -> tuple[int, Tensor, Tensor | None]:
+    """How weights are stored, where, and their scales; Unfit where the kernels cannot read them."""
     if isinstance(weight, Codes):
         if weight.codes.device.type != "cpu":
             raise Unfit
