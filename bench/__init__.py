@@ -1,0 +1,1 @@
+"""Formery timed beside other people's programs, on the same weights and prompts, in one interleaved run."""

@@ -1,0 +1,1 @@
+"""Training beside other people's loops."""
