@@ -8,6 +8,8 @@
 constexpr long GROUP = 32;    // inputs that share a scale, where weights have 4 bits
 constexpr float LARGEST = 32512.0f;  // 127 · 256: what an input's largest entry becomes
 
+constexpr long FETCHED = 24 << 10;   // bytes: how far ahead weights are fetched, at most
+
 // Rows of inputs as integers; `sums` hold those of each group of inputs, high bytes before low ones.
 struct Whole {
     int8_t *high, *low;
@@ -89,21 +91,24 @@ static inline v16 halves(const uint16_t *p) {
 template <int R, int P>
 static inline void panels8(const Whole &x, long row, const uint8_t *w, const float *scales, v16 (*y)[P]) {
     i16 high[R][P] = {}, low[R][P] = {};
-    for (long i = 0; i < x.padded; i += 4) {
-        i16 weights[P];
-        for (int p = 0; p < P; p++) {
-            const uint8_t *at = w + p * 16 * x.padded + i * 16;
-            weights[p] = codes(at);
-            if (R <= 2) __builtin_prefetch(at + 1024);
-        }
-        for (int r = 0; r < R; r++) {
-            int32_t h = four(x.high + (row + r) * x.padded + i), l = four(x.low + (row + r) * x.padded + i);
-            for (int p = 0; p < P; p++) {
-                high[r][p] = dot(high[r][p], weights[p], h);
-                low[r][p] = dot(low[r][p], weights[p], l);
+    constexpr int Q = R == 1 ? 1 : P;  // one row reads its weights from end to end, which the machine foresees
+    long next = P * 16 * x.padded < FETCHED ? P * 16 * x.padded : FETCHED;
+    for (int q = 0; q < P; q += Q)
+        for (long i = 0; i < x.padded; i += 4) {
+            i16 weights[P];
+            for (int p = q; p < q + Q; p++) {
+                const uint8_t *at = w + p * 16 * x.padded + i * 16;
+                weights[p] = codes(at);
+                if (R == 2) __builtin_prefetch(at + next, 0, 2);
+            }
+            for (int r = 0; r < R; r++) {
+                int32_t h = four(x.high + (row + r) * x.padded + i), l = four(x.low + (row + r) * x.padded + i);
+                for (int p = q; p < q + Q; p++) {
+                    high[r][p] = dot(high[r][p], weights[p], h);
+                    low[r][p] = dot(low[r][p], weights[p], l);
+                }
             }
         }
-    }
     for (int r = 0; r < R; r++) {
         int32_t highs = 0, lows = 0;
         const int32_t *sums = x.sums + (row + r) * x.groups * 2;
@@ -120,28 +125,34 @@ static inline void panels8(const Whole &x, long row, const uint8_t *w, const flo
 template <int R, int P>
 static inline void panels4(const Whole &x, long row, const uint8_t *w, const uint16_t *scales, v16 (*y)[P]) {
     v16 acc[R][P] = {};
-    for (long g = 0; g < x.groups; g++)
-        for (int p = 0; p < P; p++) {
-            const uint8_t *at = w + (p * x.groups + g) * 256;
-            i16 pairs[8];
-            for (int j = 0; j < 4; j++) {
-                i16 both = codes(at + 64 * j);
-                pairs[2 * j] = both & 0x0f0f0f0f, pairs[2 * j + 1] = both >> 4 & 0x0f0f0f0f;
-                if (R <= 2) __builtin_prefetch(at + 64 * j + 1024);
-            }
-            v16 scale = halves(scales + (p * x.groups + g) * 16);
-            for (int r = 0; r < R; r++) {
-                const int32_t *sums = x.sums + ((row + r) * x.groups + g) * 2;
-                i16 high = i16{} - 8 * sums[0], low = i16{} - 8 * sums[1];
-                const int8_t *h = x.high + (row + r) * x.padded + g * GROUP;
-                const int8_t *l = x.low + (row + r) * x.padded + g * GROUP;
-                for (int j = 0; j < 8; j++) {
-                    high = dot(high, pairs[j], four(h + 4 * j));
-                    low = dot(low, pairs[j], four(l + 4 * j));
-                }
-                acc[r][p] = fma(__builtin_convertvector((high << 8) + low, v16), scale, acc[r][p]);
-            }
+    auto one = [&](long g, int p) {
+        const uint8_t *at = w + (p * x.groups + g) * 256;
+        i16 pairs[8];
+        for (int j = 0; j < 4; j++) {
+            i16 both = codes(at + 64 * j);
+            pairs[2 * j] = both & 0x0f0f0f0f, pairs[2 * j + 1] = both >> 4 & 0x0f0f0f0f;
+            if (R > 1) __builtin_prefetch(at + 64 * j + FETCHED, 0, 2);
         }
+        v16 scale = halves(scales + (p * x.groups + g) * 16);
+        for (int r = 0; r < R; r++) {
+            const int32_t *sums = x.sums + ((row + r) * x.groups + g) * 2;
+            i16 high = i16{} - 8 * sums[0], low = i16{} - 8 * sums[1];
+            const int8_t *h = x.high + (row + r) * x.padded + g * GROUP;
+            const int8_t *l = x.low + (row + r) * x.padded + g * GROUP;
+            for (int j = 0; j < 8; j++) {
+                high = dot(high, pairs[j], four(h + 4 * j));
+                low = dot(low, pairs[j], four(l + 4 * j));
+            }
+            acc[r][p] = fma(__builtin_convertvector((high << 8) + low, v16), scale, acc[r][p]);
+        }
+    };
+    if constexpr (R == 1) {
+        for (int p = 0; p < P; p++)
+            for (long g = 0; g < x.groups; g++) one(g, p);
+    } else {
+        for (long g = 0; g < x.groups; g++)
+            for (int p = 0; p < P; p++) one(g, p);
+    }
     for (int r = 0; r < R; r++)
         for (int p = 0; p < P; p++) y[r][p] = acc[r][p] * x.scales[row + r];
 }

@@ -6,17 +6,27 @@
 #include "vector.h"
 
 constexpr long BLOCK = 1024;
+constexpr long AHEAD = 12 << 10;  // bytes: how far ahead of a tile weights are fetched, at most
+
+// How many entries ahead of a tile with O rows of weights: those that the next tile wants. One row of inputs reads
+// its weights from end to end, which the machine foresees by itself, and better.
+template <int O, typename T> static inline long ahead(long inputs) {
+    long most = AHEAD / (long)sizeof(T);
+    return O * inputs < most ? O * inputs : most;
+}
 
 // `block` inputs of R rows with O rows of weights: adds the sums to `sums`.
 template <int R, int O>
 static inline void tile(const float *x, long across, const float *w, long inputs, long block, float (*sums)[4]) {
     v16 acc[R][O] = {};
-    long i = 0;
+    long i = 0, next = ahead<O, float>(inputs);
+    for (int o = 0; R == 1 && o < O; o++)
+        for (i = 0; i + 16 <= block; i += 16) acc[0][o] = fma(load(x + i), load(w + o * inputs + i), acc[0][o]);
     for (; i + 16 <= block; i += 16) {
         v16 weights[O];
         for (int o = 0; o < O; o++) {
             weights[o] = load(w + o * inputs + i);
-            __builtin_prefetch(w + (O + o) * inputs + i);
+            if (R > 1) __builtin_prefetch(w + o * inputs + i + next, 0, 2);
         }
         for (int r = 0; r < R; r++) {
             v16 values = load(x + r * across + i);
@@ -43,12 +53,15 @@ static inline __m512bh load_pairs(const bf16 *p, long count) {
 template <int R, int O>
 static inline void tile(const bf16 *x, long across, const bf16 *w, long inputs, long block, float (*sums)[4]) {
     __m512 acc[R][O] = {};
-    long i = 0;
+    long i = 0, next = ahead<O, bf16>(inputs);
+    for (int o = 0; R == 1 && o < O; o++)
+        for (i = 0; i + 32 <= block; i += 32)
+            acc[0][o] = _mm512_dpbf16_ps(acc[0][o], load_pairs(x + i), load_pairs(w + o * inputs + i));
     for (; i + 32 <= block; i += 32) {
         __m512bh weights[O];
         for (int o = 0; o < O; o++) {
             weights[o] = load_pairs(w + o * inputs + i);
-            __builtin_prefetch(w + (O + o) * inputs + i);
+            if (R > 1) __builtin_prefetch(w + o * inputs + i + next, 0, 2);
         }
         for (int r = 0; r < R; r++) {
             __m512bh values = load_pairs(x + r * across + i);
