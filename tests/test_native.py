@@ -38,7 +38,7 @@ from formery.parts import (
 from formery.parts.kernels.product import product
 from formery.parts.native import build, using
 from formery.parts.native.stack import alone
-from formery.parts.native.writer import ACTIVATIONS, SET
+from formery.parts.native.writer import ACTIVATIONS, SET, Writer
 from formery.parts.part import activation
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason="there is no C++ compiler here")
@@ -51,6 +51,12 @@ WIDTHS = (1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 1023, 1024, 1025, 2500)
 def with_kernels() -> Iterator[None]:
     with torch.inference_mode(), using(True):
         yield
+
+
+def steps(hidden: Tensor, outputs: int, write: Callable[[Writer], None]) -> Tensor | None:
+    library = build.library(wait=True)
+    assert library is not None
+    return alone(library, hidden, outputs, write)
 
 
 # Products
@@ -137,14 +143,14 @@ def test_norms_are_those_of_the_parts(rows: int, width: int, size: float, make: 
     for weight in part.parameters():
         weight.normal_()
     hidden = size * (torch.randn(rows, width) + 0.5)
-    found = alone(hidden, width, lambda writer: writer.norm(part, 0, 1))
+    found = steps(hidden, width, lambda writer: writer.norm(part, 0, 1))
     assert found is not None
     with using(False):
         exact = copy.deepcopy(part).double()(hidden.double())
     atol = 1e-4 if width <= 2 and size < 1 else 5e-6
     torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=atol)
     for row in range(rows):
-        one = alone(hidden[row], width, lambda writer: writer.norm(part, 0, 1))
+        one = steps(hidden[row], width, lambda writer: writer.norm(part, 0, 1))
         assert one is not None and torch.equal(one, found[row])
 
 
@@ -159,7 +165,7 @@ def values() -> Tensor:
 def test_activations_are_those_of_pytorch(name: str) -> None:
     hidden = values()[:, None]
     weight = torch.ones(19, 1)
-    found = alone(hidden, 19, lambda writer: writer.product(weight, None, 0, 1, SET, ACTIVATIONS.index(name)))
+    found = steps(hidden, 19, lambda writer: writer.product(weight, None, 0, 1, SET, ACTIVATIONS.index(name)))
     assert found is not None and bool((found == found[:, :1]).all())
     exact = activation(name)(hidden.double())[:, 0]
     finite = exact.abs() < 1e38

@@ -13,7 +13,7 @@ from formery.models.conventions import Conventions
 from formery.parts import Context, Embedding, Part, State
 from formery.parts.native import using
 from formery.parts.native.mode import Compile
-from formery.parts.native.stack import exact, pieces, plainly, row_by_row_out, run
+from formery.parts.native.stack import exact, logits, out, pieces, plainly, run
 from formery.parts.state import Remembering
 
 if TYPE_CHECKING:
@@ -106,15 +106,18 @@ class Decoder(Part):
                 turns[remembering] += 1
         with using(self.compiled):
             state.pieces = pieces(self.layers, self.norm, self.embedding.width)
-        state.exact = exact(state.pieces) and row_by_row_out(self.output)
+            state.out = out(self.output, self.embedding.width)
+        state.vouch(exact(state.pieces) and state.out is not None)
         return state
 
-    def logits(self, hidden: Float[Tensor, "batch time width"]) -> Float[Tensor, "batch time vocabulary"]:
-        """What the output makes of the last normed vectors."""
+    def logits(
+        self, hidden: Float[Tensor, "batch time width"], state: State | None = None
+    ) -> Float[Tensor, "batch time vocabulary"]:
+        """What the output makes of the last normed vectors. state: that they were read into, if any."""
         if torch.is_grad_enabled():
             return cast(Tensor, self.output(hidden))
         with using(self.compiled):
-            return cast(Tensor, self.output(hidden))
+            return logits(self.output, hidden, None if state is None else state.out)
 
     def step(
         self,
@@ -128,7 +131,7 @@ class Decoder(Part):
         positions: -1 pads rows that have fewer tokens (roll back afterwards to drop the padding).
         visible: restricts which of the filled slots each token sees, besides the masks of the layers.
         """
-        return self.logits(self.read(tokens, state, positions, visible))
+        return self.logits(self.read(tokens, state, positions, visible), state)
 
     def read(
         self,

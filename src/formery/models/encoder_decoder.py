@@ -84,13 +84,14 @@ class EncoderDecoder(Part):
         known = self.encoder.pieces()
         memory = self.encoder(source.to(device), positions, known=known)
         state = self.decoder.start(len(prompts), capacity)
-        state.exact = state.exact and exact(known) and isinstance(way_in, Embedding)
+        exactly = state.exact and exact(known) and isinstance(way_in, Embedding)
         everywhere = torch.arange(memory.shape[1], device=device).repeat(len(prompts), 1)
         state.memory_positions = everywhere if positions is None else positions
         with using(self.decoder.compiled):
             for part in self.decoder.modules():
                 if isinstance(part, CrossAttention):
                     state.layers[part, 0] = part.read(memory)
+        state.vouch(exactly)
         return state, [[self.start_token, *self.prefix] for _ in prompts]
 
     def logits(self, hidden: Float[Tensor, "batch time width"]) -> Float[Tensor, "batch time vocabulary"]:

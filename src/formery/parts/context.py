@@ -1,7 +1,7 @@
 """What one pass over a model knows besides the hidden vectors: positions, who is visible, the decode state."""
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -66,7 +66,7 @@ class Context:
         self.full = (even or full) and visible is None
         self.memory, self.memory_hidden, self.types = memory, memory_hidden, types
         self._known: dict[Hashable, Any] = {}
-        self._turns: Counter[Remembering] = Counter()
+        self.turns: Counter[Any] = Counter()  # how often each part that remembers ran in this pass
 
     def once(self, key: Hashable, make: Callable[[], Value]) -> Value:
         """`make()` at the first call with that key, the same value at later ones."""
@@ -78,14 +78,8 @@ class Context:
         """What `part` remembers of earlier passes, for as many times as it runs in each; None without a state."""
         if self.state is None:
             return None
-        self._turns[part] += 1
-        return self.state.of(part, self._turns[part] - 1)
-
-    def turns(self, told: Mapping[Any, int] | None = None) -> Mapping[Any, int]:
-        """How often each remembering part ran in this pass; as it is told to be, if it is."""
-        if told is not None:
-            self._turns = Counter(told)
-        return dict(self._turns)
+        self.turns[part] += 1
+        return self.state.of(part, self.turns[part] - 1)
 
     def visibility(self, mask: Mask, heads: int) -> Visibility:
         """Who sees whom under `mask`, in each of so many heads, in this pass."""

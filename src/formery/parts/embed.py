@@ -123,13 +123,14 @@ def capped(logits: Float[Tensor, "..."], soft_cap: float | None) -> Float[Tensor
     """The logits bounded to ±soft_cap, or as they are."""
     if soft_cap is None:
         return logits
-    if enabled(logits) is not None:
+    library = enabled(logits)
+    if library is not None:
         # PyTorch computes the last few of a tensor by another tangent than the rest.
         from formery.parts.native.program import CAP
         from formery.parts.native.stack import alone
 
         cap, width = soft_cap, logits.shape[-1]
-        found = alone(logits, width, lambda writer: writer.step(CAP, 0, 1, a=width, e=cap))
+        found = alone(library, logits, width, lambda writer: writer.step(CAP, 0, 1, a=width, e=cap))
         if found is not None:
             return found
     return soft_cap * torch.tanh(logits / soft_cap)

@@ -48,10 +48,11 @@ def _by_kernels(part: MLP | GatedMLP, hidden: Tensor) -> Tensor | None:
 
     PyTorch computes an activation of the last few of a tensor otherwise than of the rest.
     """
-    if enabled(hidden) is None:
+    library = enabled(hidden)
+    if library is None:
         return None
     from formery.parts.native.lower import sublayer
     from formery.parts.native.stack import alone
     from formery.parts.native.writer import SET
 
-    return alone(hidden, part.width, lambda writer: sublayer(part, writer, 0, 1, SET))
+    return alone(library, hidden, part.width, lambda writer: sublayer(part, writer, 0, 1, SET))

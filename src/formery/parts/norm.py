@@ -49,11 +49,12 @@ class RMSNorm(Part):
         self.weight = nn.Parameter(torch.full((width,), 1.0 - offset))
 
     def forward(self, hidden: Float[Tensor, "... width"]) -> Float[Tensor, "... width"]:
-        if enabled(hidden) is not None:
+        library = enabled(hidden)
+        if library is not None:
             # PyTorch's mean may sum in another order where there are fewer vectors.
             from formery.parts.native.stack import alone
 
-            found = alone(hidden, self.width, lambda writer: writer.norm(self, 0, 1))
+            found = alone(library, hidden, self.width, lambda writer: writer.norm(self, 0, 1))
             if found is not None:
                 return found
         weight = self.weight + self.offset if self.offset else self.weight

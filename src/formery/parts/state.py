@@ -233,8 +233,19 @@ class State:
         self.slots = Slots(batch, max(1, capacity), device)
         self.layers: dict[tuple[object, int], LayerState] = {}
         self.memory_positions: Int[Tensor, "batch source"] | None = None
-        self.pieces: Sequence[Any] | None = None  # the layers as the compiled kernels run them, where they do
-        self.exact = False  # a token's logits have the same bits however many tokens and rows are computed together
+        # The layers, and the way to logits, as the compiled kernels run them, where they do.
+        self.pieces: Sequence[Any] | None = None
+        self.out: Any = None
+        self._vouched: dict[tuple[object, int], LayerState] | None = None
+
+    @property
+    def exact(self) -> bool:
+        """Whether a token's logits have the same bits however many tokens and rows are computed together."""
+        return self._vouched == self.layers
+
+    def vouch(self, exact: bool = True) -> None:
+        """Says whether it is exact, for as long as its layers remember as they do now."""
+        self._vouched = dict(self.layers) if exact else None
 
     @property
     def batch(self) -> int:

@@ -57,10 +57,11 @@ def product(
 
     Otherwise, within a packing, in float32 on a CPU, by oneDNN where that is faster, and else by PyTorch.
     """
-    if enabled(hidden) is not None:
+    library = enabled(hidden)
+    if library is not None:
         from formery.parts.native.stack import alone
 
-        found = alone(hidden, weight.shape[0], lambda writer: writer.product(weight, shift, 0, 1))
+        found = alone(library, hidden, weight.shape[0], lambda writer: writer.product(weight, shift, 0, 1))
         if found is not None:
             return found
     if isinstance(weight, Codes):

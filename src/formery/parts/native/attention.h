@@ -8,7 +8,8 @@
 
 #include "rows.h"
 
-// Where one layer's keys and values lie (steps in entries). narrow: 16 bits each.
+// Where one layer's keys and values lie (steps in entries). slots: or FILLED, as many as are. narrow: 16 bits each.
+constexpr long FILLED = -1;
 struct Cache {
     void *keys, *values;
     int64_t row, head, slot, slots, narrow;
@@ -35,21 +36,26 @@ struct Query {
     long slot(long index) const { return list.empty() ? first + index : list[index]; }
 };
 
-static inline void look(Query &query, const Seen &seen, const Cache &cache, long row, long head, long at, long position) {
+static inline void look(Query &query, const Seen &seen, long slots, long row, long head, long at, long position) {
     query.list.clear();
-    query.first = 0, query.count = cache.slots;
+    query.first = 0, query.count = slots;
     if (seen.kind == CAUSAL || seen.kind == WINDOW) {
-        query.count = std::min<long>(position + 1, cache.slots);
+        query.count = std::min<long>(position + 1, slots);
         if (seen.kind == WINDOW) query.first = std::max<long>(0, position + 1 - seen.window);
         query.count = std::max<long>(0, query.count - query.first);
     } else if (seen.kind == TABLE) {
         const uint8_t *allowed = seen.allowed + row * seen.row + head * seen.head + at * seen.query;
-        for (long slot = 0; slot < cache.slots; slot++)
+        for (long slot = 0; slot < slots; slot++)
             if (allowed[slot]) query.list.push_back((int32_t)slot);
         query.count = (long)query.list.size();
     }
     query.bias = seen.bias ? seen.bias + row * seen.bias_row + head * seen.bias_head + at * seen.bias_query : nullptr;
     query.top = all(-INFINITY), query.total = v16{};
+}
+
+// Fetches a slot that will be wanted soon: slots lie too far apart for the machine to foresee it.
+template <typename T> static inline void fetch(const T *slot, long dim) {
+    for (long i = 0; i < dim; i += 64 / (long)sizeof(T)) __builtin_prefetch(slot + i);
 }
 
 // The scores of sixteen slots; -inf for those behind the last one.
@@ -59,6 +65,7 @@ static inline v16 sixteen_scores(const Query &query, const T *keys, long step, l
     long valid = std::min<long>(16, query.count - index);
     for (long j = 0; j < 16; j++) {
         const T *key = keys + query.slot(index + std::min(j, valid - 1)) * step;
+        if (index + 16 + j < query.count) fetch(keys + query.slot(index + 16 + j) * step, dim);
         v16 acc{};
         long i = 0;
         for (; i + 16 <= dim; i += 16) acc = fma(load(query.vector + i), load(key + i), acc);
@@ -81,6 +88,7 @@ static inline void weigh(Query &query, const T *values, long step, long index, l
         for (long c = 0; c < parts; c++) acc[c] = ::take(query.result, i + 16 * c, std::min<long>(16, width - 16 * c));
         for (long j = 0; j < valid; j++) {
             const T *value = values + query.slot(index + j) * step + i;
+            if (i == 0 && index + 16 + j < query.count) fetch(values + query.slot(index + 16 + j) * step, dim);
             v16 weight = all(weights[j]);
             if (width == 64)
                 for (long c = 0; c < 4; c++) acc[c] = fma(weight, load(value + 16 * c), acc[c]);

@@ -3,7 +3,9 @@
 // Inputs become integers of 16 bits, one scale a row, as a high and a low byte; so all sums are of integers, exact in
 // any order. Weights are stored with an offset that makes them positive; it is taken off with the inputs' own sums.
 #pragma once
-#include "vector.h"
+#include "rows.h"
+
+typedef int8_t bytes16 __attribute__((vector_size(16)));
 
 constexpr long GROUP = 32;    // inputs that share a scale, where weights have 4 bits
 constexpr float LARGEST = 32512.0f;  // 127 · 256: what an input's largest entry becomes
@@ -26,21 +28,28 @@ struct Whole {
         sums = (int32_t *)(low + rows * padded), scales = (float *)(sums + rows * groups * 2);
     }
     void take(const float *x, long row, long inputs) {
-        float top = 0;
-        for (long i = 0; i < inputs; i++) top = __builtin_fabsf(x[i]) > top ? __builtin_fabsf(x[i]) : top;
-        float scale = top > 0 ? top / LARGEST : 1.0f, inverse = 1.0f / scale;
+        v16 size{};
+        by_sixteen(inputs, [&](long i, long n) {
+            v16 value = ::take(x, i, n);
+            size = larger(larger(value, -value), size);
+        });
+        float top = most(size), scale = top > 0 ? top / LARGEST : 1.0f, inverse = 1.0f / scale;
         scales[row] = scale;
         int8_t *h = high + row * padded, *l = low + row * padded;
         for (long g = 0; g < groups; g++) {
-            int32_t highs = 0, lows = 0;
-            for (long i = g * GROUP; i < (g + 1) * GROUP; i++) {
-                float value = i < inputs ? x[i] * inverse : 0.0f;
-                int32_t whole = (int32_t)(value + (value < 0 ? -0.5f : 0.5f));
-                int32_t upper = (whole + 128) >> 8, lower = whole - upper * 256;
-                h[i] = (int8_t)upper, l[i] = (int8_t)lower;
+            i16 highs{}, lows{};
+            for (long i = g * GROUP; i < (g + 1) * GROUP; i += 16) {
+                long count = inputs - i < 16 ? inputs - i : 16;
+                v16 value = count > 0 ? ::take(x, i, count) * inverse : v16{};
+                i16 whole = __builtin_convertvector(value + (value < 0.0f ? all(-0.5f) : all(0.5f)), i16);
+                i16 upper = (whole + 128) >> 8, lower = whole - (upper << 8);
+                bytes16 first = __builtin_convertvector(upper, bytes16), second = __builtin_convertvector(lower, bytes16);
+                memcpy(h + i, &first, 16), memcpy(l + i, &second, 16);
                 highs += upper, lows += lower;
             }
-            sums[(row * groups + g) * 2] = highs, sums[(row * groups + g) * 2 + 1] = lows;
+            int32_t *into = sums + (row * groups + g) * 2;
+            into[0] = into[1] = 0;
+            for (int j = 0; j < 16; j++) into[0] += highs[j], into[1] += lows[j];
         }
     }
 };

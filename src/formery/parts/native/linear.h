@@ -8,11 +8,18 @@
 constexpr long BLOCK = 1024;
 constexpr long AHEAD = 12 << 10;  // bytes: how far ahead of a tile weights are fetched, at most
 
-// How many entries ahead of a tile with O rows of weights: those that the next tile wants. One row of inputs reads
-// its weights from end to end, which the machine foresees by itself, and better.
+// How many entries ahead of a tile with O rows of weights: those that the next tile wants.
 template <int O, typename T> static inline long ahead(long inputs) {
     long most = AHEAD / (long)sizeof(T);
     return O * inputs < most ? O * inputs : most;
+}
+
+// The partial sums of `block` inputs of one row with one row of weights.
+static inline v16 partial(const float *x, const float *w, long block) {
+    v16 acc{};
+    long i = 0;
+    for (; i + 16 <= block; i += 16) acc = fma(load(x + i), load(w + i), acc);
+    return i < block ? fma(load_some(x + i, block - i), load_some(w + i, block - i), acc) : acc;
 }
 
 // `block` inputs of R rows with O rows of weights: adds the sums to `sums`.
@@ -20,13 +27,11 @@ template <int R, int O>
 static inline void tile(const float *x, long across, const float *w, long inputs, long block, float (*sums)[4]) {
     v16 acc[R][O] = {};
     long i = 0, next = ahead<O, float>(inputs);
-    for (int o = 0; R == 1 && o < O; o++)
-        for (i = 0; i + 16 <= block; i += 16) acc[0][o] = fma(load(x + i), load(w + o * inputs + i), acc[0][o]);
     for (; i + 16 <= block; i += 16) {
         v16 weights[O];
         for (int o = 0; o < O; o++) {
             weights[o] = load(w + o * inputs + i);
-            if (R > 1) __builtin_prefetch(w + o * inputs + i + next, 0, 2);
+            __builtin_prefetch(w + o * inputs + i + next, 0, 2);
         }
         for (int r = 0; r < R; r++) {
             v16 values = load(x + r * across + i);
@@ -50,18 +55,22 @@ static inline __m512bh load_pairs(const bf16 *p, long count) {
     return (__m512bh)_mm512_maskz_loadu_epi16((__mmask32)((1ull << count) - 1), p);
 }
 
+static inline v16 partial(const bf16 *x, const bf16 *w, long block) {
+    __m512 acc{};
+    long i = 0;
+    for (; i + 32 <= block; i += 32) acc = _mm512_dpbf16_ps(acc, load_pairs(x + i), load_pairs(w + i));
+    return (v16)(i < block ? _mm512_dpbf16_ps(acc, load_pairs(x + i, block - i), load_pairs(w + i, block - i)) : acc);
+}
+
 template <int R, int O>
 static inline void tile(const bf16 *x, long across, const bf16 *w, long inputs, long block, float (*sums)[4]) {
     __m512 acc[R][O] = {};
     long i = 0, next = ahead<O, bf16>(inputs);
-    for (int o = 0; R == 1 && o < O; o++)
-        for (i = 0; i + 32 <= block; i += 32)
-            acc[0][o] = _mm512_dpbf16_ps(acc[0][o], load_pairs(x + i), load_pairs(w + o * inputs + i));
     for (; i + 32 <= block; i += 32) {
         __m512bh weights[O];
         for (int o = 0; o < O; o++) {
             weights[o] = load_pairs(w + o * inputs + i);
-            if (R > 1) __builtin_prefetch(w + o * inputs + i + next, 0, 2);
+            __builtin_prefetch(w + o * inputs + i + next, 0, 2);
         }
         for (int r = 0; r < R; r++) {
             __m512bh values = load_pairs(x + r * across + i);
@@ -80,6 +89,13 @@ static inline void tile(const bf16 *x, long across, const bf16 *w, long inputs, 
     }
 }
 #else
+static inline v16 partial(const bf16 *x, const bf16 *w, long block) {
+    v16 acc{};
+    long i = 0;
+    for (; i + 16 <= block; i += 16) acc = fma(load(x + i), load(w + i), acc);
+    return i < block ? fma(load_some(x + i, block - i), load_some(w + i, block - i), acc) : acc;
+}
+
 template <int R, int O>
 static inline void tile(const bf16 *x, long across, const bf16 *w, long inputs, long block, float (*sums)[4]) {
     v16 acc[R][O] = {};
@@ -111,12 +127,32 @@ struct Tiles {
     long first(long tile) const { return tile * (rows / count) + (tile < rows % count ? tile : rows % count); }
 };
 
+// One row with up to four rows of weights, each read from end to end: that the machine foresees, and fetches fastest.
+template <typename T>
+static inline void one_row(const T *x, const T *w, long inputs, long outputs, float *sums) {
+    constexpr int BLOCKS = 8;
+    for (long at = 0; at < inputs; at += BLOCKS * BLOCK) {
+        v16 acc[BLOCKS][4] = {};
+        int blocks = 0;
+        for (long o = 0; o < outputs; o++) {
+            blocks = 0;
+            for (long i = at; i < inputs && blocks < BLOCKS; i += BLOCK)
+                acc[blocks++][o] = partial(x + i, w + o * inputs + i, inputs - i < BLOCK ? inputs - i : BLOCK);
+        }
+        for (int b = 0; b < blocks; b++) {
+            v16 four = sums4(acc[b][0], acc[b][1], acc[b][2], acc[b][3]);
+            for (long o = 0; o < outputs; o++) sums[o] += four[o];
+        }
+    }
+}
+
 // R rows with `outputs` rows of weights, four at a time; `take(row, o, sum)` gets each result.
 template <int R, typename T, typename Take>
 static inline void rows_by_outputs(const T *x, long across, const T *w, long inputs, long outputs, Take take) {
     for (long o = 0; o < outputs; o += 4) {
         float sums[R][4] = {};
-        for (long i = 0; i < inputs; i += BLOCK) {
+        if constexpr (R == 1) one_row(x, w + o * inputs, inputs, outputs - o < 4 ? outputs - o : 4, sums[0]);
+        for (long i = 0; R > 1 && i < inputs; i += BLOCK) {
             long block = inputs - i < BLOCK ? inputs - i : BLOCK;
             const T *from = x + i, *at = w + o * inputs + i;
             switch (outputs - o) {

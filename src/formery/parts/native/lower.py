@@ -6,15 +6,12 @@ from collections.abc import Iterator, Sequence
 from torch import nn
 
 from formery.parts.attention import Attention, CrossAttention
+from formery.parts.embed import Output, TiedOutput
 from formery.parts.experts import Experts
 from formery.parts.feedforward import MLP, GatedMLP
-from formery.parts.native.program import (
-    ADD,
-    APPEND,
-    Program,
-    Unfit,
-)  # fmt: skip
-from formery.parts.native.writer import PLUS, SET, TIMES, Writer, plain
+from formery.parts.linear import Linear
+from formery.parts.native.program import ADD, APPEND, CAP, SCALE, Program, Unfit
+from formery.parts.native.writer import PLUS, SET, TIMES, Writer, plain, untouched
 from formery.parts.norm import LayerNorm, RMSNorm
 from formery.parts.residual import Layer, Parallel, PostNorm, PreNorm, Sandwich
 
@@ -99,6 +96,39 @@ def _norm(part: nn.Module, writer: Writer, source: int, target: int) -> None:
     writer.norm(part, source, target)
 
 
+def way_out(part: nn.Module, library: ctypes.CDLL, width: int) -> Program | None:
+    """The way from hidden vectors to logits as a program, where the kernels know all of it."""
+    writer = Writer(library, width)
+    writer.label = "output"
+    try:
+        plain(part, Output, TiedOutput)
+        assert isinstance(part, Output | TiedOutput)
+        vocabulary = part.vocabulary if isinstance(part, Output) else part.embedding.vocabulary
+        logits = writer.register("logits", vocabulary)
+        if isinstance(part, Output):
+            writer.linear(part.map, 0, logits)
+        else:
+            _tied(part, writer, logits)
+        if part.soft_cap is not None:
+            writer.step(CAP, logits, logits, a=vocabulary, e=part.soft_cap)
+    except Unfit:
+        return None
+    writer.program.result = logits
+    return writer.program
+
+
+def _tied(part: TiedOutput, writer: Writer, logits: int) -> None:
+    source, width = 0, part.embedding.weight.shape[1]
+    if part.lower is not None:
+        source = writer.register("lowered", width)
+        writer.linear(part.lower, 0, source)
+    if part.scale != 1.0:
+        scaled = writer.register("scaled", width)
+        writer.step(SCALE, source, scaled, a=width, e=part.scale)
+        source = scaled
+    writer.product(part.embedding.weight, part.shift, source, logits)
+
+
 Piece = Program | nn.Module
 
 
@@ -136,8 +166,7 @@ def _fits(part: nn.Module, library: ctypes.CDLL, width: int) -> bool:
 def _units(layers: Sequence[nn.Module], library: ctypes.CDLL, width: int) -> Iterator[nn.Module]:
     """The layers; of one that the kernels know in part only, its sub-layers."""
     for part in layers:
-        hooked = any((part._forward_hooks, part._forward_pre_hooks)) or "forward" in part.__dict__
-        if type(part) is Layer and not hooked and not _fits(part, library, width):
+        if type(part) is Layer and untouched(part) and not _fits(part, library, width):
             yield from part.sublayers
         else:
             yield part
@@ -150,4 +179,8 @@ def row_by_row(piece: Piece) -> bool:
     """
     if isinstance(piece, Program):
         return True
-    return type(piece) is PreNorm and type(piece.inner) is Experts and type(piece.norm) in (LayerNorm, RMSNorm)
+    if type(piece) is not PreNorm or type(piece.inner) is not Experts or type(piece.norm) not in (LayerNorm, RMSNorm):
+        return False
+    inside = [piece, piece.norm, piece.inner, piece.inner.router, *piece.inner.experts]
+    known = (Linear, MLP, GatedMLP)
+    return all(untouched(part) for part in inside) and all(type(part) in known for part in inside[3:])

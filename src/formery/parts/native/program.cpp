@@ -13,7 +13,7 @@
 #include "linear.h"
 #include "rows.h"
 
-enum Kind { COPY, ADD, NORM, NARROW, LINEAR, ROTATE, APPEND, ATTEND, CAP };
+enum Kind { SCALE, ADD, NORM, NARROW, LINEAR, ROTATE, APPEND, ATTEND, CAP };
 enum Store { FULL, BRAIN, BYTE, NIBBLE };
 enum Into { SET, PLUS, TIMES };
 
@@ -26,7 +26,7 @@ struct Step {
 };
 
 struct Pass {
-    int64_t batch, time, threads;
+    int64_t batch, time, threads, filled;
     const int64_t *positions, *starts;  // of each token; the slot of each row's first token
     float **registers;
     void *room;  // for inputs in the form that narrow weights want
@@ -129,12 +129,13 @@ static void attend(const Step &step, const Pass &pass, long piece) {
     // The longest first.
     long tile = tiles_of(step, pass) - 1 - piece / (pass.batch * step.b), row = piece / step.b % pass.batch;
     long group = piece % step.b, first = tile * MANY, count = std::min(MANY, each - first);
+    long slots = cache.slots == FILLED ? pass.filled : cache.slots;
     queries.resize(count);
     for (long i = 0; i < count; i++) {
         long time = (first + i) / shared, head = group * shared + (first + i) % shared, at = row * pass.time + time;
         queries[i].vector = pass.registers[step.from] + at * width + head * step.d;
         queries[i].result = pass.registers[step.to] + at * width + head * step.d;
-        look(queries[i], pass.sights[step.extra], cache, row, head, time, pass.positions[at]);
+        look(queries[i], pass.sights[step.extra], slots, row, head, time, pass.positions[at]);
     }
     long from = row * cache.row + group * cache.head;
     float scale = (float)step.e, cap = (float)step.f;
@@ -148,12 +149,13 @@ static void attend(const Step &step, const Pass &pass, long piece) {
 }
 
 static void elementwise(const Step &step, const Pass &pass, long row) {
-    // a: width; e: for CAP, y = e · tanh(x / e)
+    // a: width; e: y = e · x, or for CAP y = e · tanh(x / e)
     const float *x = pass.registers[step.from] + row * step.a;
-    float *y = pass.registers[step.to] + row * step.a, most = (float)step.e;
+    float *y = pass.registers[step.to] + row * step.a, given = (float)step.e;
     by_sixteen(step.a, [&](long i, long n) {
         v16 value = take(x, i, n);
-        if (step.kind == CAP) value = hyperbolic_tangent(value / most) * most;
+        if (step.kind == SCALE) value = value * given;
+        if (step.kind == CAP) value = hyperbolic_tangent(value / given) * given;
         put(y, i, n, step.kind == ADD ? take(y, i, n) + value : value);
     });
 }

@@ -1,6 +1,7 @@
 """A stack of layers as a list of steps that one call carries out."""
 
 import ctypes
+from collections import Counter
 from dataclasses import dataclass, field
 from itertools import groupby
 from time import perf_counter
@@ -16,8 +17,9 @@ from formery.parts.position import Position
 from formery.parts.spans import watching
 from formery.parts.state import KeyValues, Memory
 
-COPY, ADD, NORM, NARROW, LINEAR, ROTATE, APPEND, ATTEND, CAP = range(9)
+SCALE, ADD, NORM, NARROW, LINEAR, ROTATE, APPEND, ATTEND, CAP = range(9)
 EVERYTHING, CAUSAL, WINDOW, TABLE = range(4)
+FILLED = -1  # as many slots as there are tokens
 PLAIN: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever PyTorch makes by default
 _LONG, _POINTER = ctypes.c_int64, ctypes.c_void_p
 
@@ -55,8 +57,8 @@ class Pass(ctypes.Structure):
     """One run of a program."""
 
     _fields_ = [
-        ("batch", _LONG), ("time", _LONG), ("threads", _LONG), ("positions", _POINTER), ("starts", _POINTER),
-        ("registers", _POINTER), ("room", _POINTER), ("caches", _POINTER), ("sights", _POINTER),
+        ("batch", _LONG), ("time", _LONG), ("threads", _LONG), ("filled", _LONG), ("positions", _POINTER),
+        ("starts", _POINTER), ("registers", _POINTER), ("room", _POINTER), ("caches", _POINTER), ("sights", _POINTER),
         ("seconds", _POINTER),
     ]  # fmt: skip
 
@@ -88,16 +90,17 @@ class Sight:
 
 @dataclass
 class Program:
-    """The steps, and what they need; register 0 is the stream of hidden vectors.
+    """The steps, and what they need; register 0 holds the vectors that come in.
 
     kept: tensors whose memory the steps point to. labels: what each step is for (attention, feed-forward, norm).
-    origin: the parts that it stands for.
+    origin: the parts that it stands for. result: the register of what comes out; where it is 0, the steps change the
+    stream of hidden vectors, otherwise they leave what came in as it is.
     """
 
     library: ctypes.CDLL
     widths: list[int]
     steps: list[Step] = field(default_factory=list)
-    labels: list[str] = field(default_factory=list)
+    labels: list[str | None] = field(default_factory=list)
     attentions: list[Remembered] = field(default_factory=list)
     sights: list[Sight] = field(default_factory=list)
     kept: list[Tensor] = field(default_factory=list)
@@ -106,86 +109,86 @@ class Program:
     narrowest: int = 0  # the widest input of a weight that is not in 32 bits
 
     def __post_init__(self) -> None:
-        self._rows = 0
+        self._rows = -1
         self._caches = (Cache * 1)()
         self._known: list[tuple[Tensor, Tensor] | None] = []
 
-    def run(self, hidden: Float[Tensor, "batch time width"], context: Context) -> Float[Tensor, "batch time width"]:
-        """The stream after all steps. Raises Unfit, and changes nothing, where a layer's memory is of another kind."""
-        batch, time, _ = hidden.shape
-        if batch * time == 0:
+    def run(self, hidden: Float[Tensor, "batch time width"], context: Context) -> Float[Tensor, "batch time outputs"]:
+        """The vectors after all steps. Raises Unfit, and changes nothing, where a layer's memory is of another kind."""
+        if hidden.numel() == 0:
             raise Unfit
+        batch, time, _ = hidden.shape
         held: list[Any] = []
-        filled = 0 if context.state is None else context.state.slots.filled
-        turns = context.turns()
-        try:
-            for number, one in enumerate(self.attentions):
-                self._look_up(number, one, context, filled, held)
-        except Unfit:
-            context.turns(turns)
-            raise
+        self._look_up(context, held)
+        context.turns.update(one.part for one in self.attentions if not one.crossing)
         sights = (Seen * max(1, len(self.sights)))(*(self._seen(one, context, held) for one in self.sights))
-        self._reserve(batch * time)
         positions = context.positions.to(torch.int64).contiguous()
-        starts = [0] * batch if context.state is None else context.state.slots.start
+        filled, starts = time, [0] * batch
+        if context.state is not None:
+            filled, starts = context.state.slots.filled, context.state.slots.start
+        one = Pass(
+            batch, time, torch.get_num_threads(), filled, positions.data_ptr(),
+            ctypes.cast((_LONG * batch)(*starts), _POINTER), caches=ctypes.cast(self._caches, _POINTER),
+            sights=ctypes.cast(sights, _POINTER),
+        )  # fmt: skip
+        return self._carry_out(one, hidden)
+
+    def map(self, hidden: Float[Tensor, "... width"]) -> Float[Tensor, "... outputs"]:
+        """The vectors after all steps, where these look at nothing else."""
+        return self._carry_out(Pass(hidden.numel() // self.widths[0], 1, torch.get_num_threads()), hidden)
+
+    def _carry_out(self, one: Pass, hidden: Tensor) -> Tensor:
+        rows, outputs = one.batch * one.time, self.widths[self.result]
+        self._reserve(rows)
+        stream = hidden.to(torch.float32, copy=self.result == 0).contiguous()
+        result = stream if self.result == 0 else torch.empty(*hidden.shape[:-1], outputs, **PLAIN)
+        self._addresses[0], self._addresses[self.result] = stream.data_ptr(), result.data_ptr()
+        one.registers, one.room = ctypes.cast(self._addresses, _POINTER), self._room.data_ptr()
         spans, started = watching(), perf_counter()
         seconds = None if spans is None else (ctypes.c_double * len(self.steps))()
-        count = batch * time * self.widths[0]
-        self._registers[0][:count].view_as(hidden).copy_(hidden)
-        self.library.formery_run(
-            self._array, len(self.steps),
-            ctypes.byref(Pass(
-                batch, time, torch.get_num_threads(), positions.data_ptr(),
-                ctypes.cast((_LONG * batch)(*starts), _POINTER), ctypes.cast(self._addresses, _POINTER),
-                self._room.data_ptr(), ctypes.cast(self._caches, _POINTER), ctypes.cast(sights, _POINTER),
-                None if seconds is None else ctypes.cast(seconds, _POINTER),
-            )),
-        )  # fmt: skip
+        one.seconds = None if seconds is None else ctypes.cast(seconds, _POINTER)
+        if rows:
+            self.library.formery_run(self._array, len(self.steps), ctypes.byref(one))
         if spans is not None and seconds is not None:
-            for label, steps in groupby(zip(self.labels, seconds, strict=True), lambda one: one[0]):
+            for label, steps in groupby(zip(self.labels, seconds, strict=True), lambda pair: pair[0]):
                 spent = sum(second for _, second in steps)
-                spans.add(label, started, spent)
+                if label is not None:
+                    spans.add(label, started, spent)
                 started += spent
-        width = self.widths[self.result]
-        return self._registers[self.result][: batch * time * width].view(batch, time, width).to(hidden.dtype, copy=True)
+        return result.to(hidden.dtype)
 
     def _reserve(self, rows: int) -> None:
         if rows <= self._rows:
             return
         self._rows = rows
-        self._registers = [torch.empty(rows * width, **PLAIN) for width in self.widths]
-        self._addresses = (_POINTER * len(self.widths))(*(one.data_ptr() for one in self._registers))
+        # The first and the last vectors lie in tensors of each pass.
+        sizes = [0 if number in (0, self.result) else rows * width for number, width in enumerate(self.widths)]
+        self._registers = [torch.empty(size, **PLAIN) for size in sizes]
+        self._addresses = (_POINTER * len(sizes))(*(one.data_ptr() for one in self._registers))
         self._room = torch.empty(self.library.formery_room(rows, self.narrowest), dtype=torch.uint8, device="cpu")
         self._array = (Step * len(self.steps))(*self.steps)
 
-    def _look_up(self, number: int, one: Remembered, context: Context, filled: int, held: list[Any]) -> None:
-        """Where the keys and values of an attention lie; told anew only where they are other tensors than before."""
+    def _look_up(self, context: Context, held: list[Any]) -> None:
+        """Where the keys and values of all attentions lie; told anew only where they are other tensors than before."""
         if len(self._known) != len(self.attentions):
             self._caches, self._known = (Cache * len(self.attentions))(), [None] * len(self.attentions)
-        part, state = one.part, context.state
-        if one.crossing:
-            own: Any = part.read(context.memory_hidden) if state is None else state.layers[part, 0]
-        else:
-            own = context.remembered(part)
-            own = _for_one_pass(part, context, held) if own is None else own
-        if type(own) is not (Memory if one.crossing else KeyValues):
-            raise Unfit
-        keys, values = own.keys, own.values
-        known = self._known[number]
-        if known is None or keys is not known[0] or values is not known[1]:
-            held.append(own)
-            whole = keys.is_contiguous() and values.is_contiguous() and keys.shape == values.shape
-            if not whole or keys.dtype not in (torch.float32, torch.bfloat16):
+        turns: Counter[Any] = Counter()
+        for number, one in enumerate(self.attentions):
+            part, state = one.part, context.state
+            if one.crossing:
+                own: Any = part.read(context.memory_hidden) if state is None else state.layers[part, 0]
+            elif state is None:
+                own = _for_one_pass(part, context, held)
+            else:
+                own = state.of(part, context.turns[part] + turns[part])
+                turns[part] += 1
+            if type(own) is not (Memory if one.crossing else KeyValues):
                 raise Unfit
-            row, first, second, _ = keys.stride()
-            head, slot = (first, second) if one.crossing else (second, first)
-            slots = keys.shape[2] if one.crossing else keys.shape[1]
-            self._caches[number] = Cache(
-                keys.data_ptr(), values.data_ptr(), row, head, slot, slots, keys.dtype == torch.bfloat16
-            )
-            self._known[number] = keys, values
-        if state is not None and not one.crossing:
-            self._caches[number].slots = filled
+            known = self._known[number]
+            if known is None or own.keys is not known[0] or own.values is not known[1]:
+                held.append(own)
+                self._caches[number] = _cache(own.keys, own.values, one.crossing)
+                self._known[number] = own.keys, own.values
 
     def _seen(self, one: Sight, context: Context, held: list[Any]) -> Seen:
         reading = context.memory if one.crossing else context
@@ -206,6 +209,17 @@ class Program:
             seen.bias = bias.data_ptr()
             seen.bias_row, seen.bias_head, seen.bias_query = _steps(bias)
         return seen
+
+
+def _cache(keys: Tensor, values: Tensor, crossing: bool) -> Cache:
+    """Where keys and values lie; those of another text are laid out by heads, and all of them are seen."""
+    whole = keys.is_contiguous() and values.is_contiguous() and keys.shape == values.shape
+    if not whole or keys.dtype not in (torch.float32, torch.bfloat16):
+        raise Unfit
+    row, first, second, _ = keys.stride()
+    head, slot = (first, second) if crossing else (second, first)
+    slots = keys.shape[2] if crossing else FILLED
+    return Cache(keys.data_ptr(), values.data_ptr(), row, head, slot, slots, keys.dtype == torch.bfloat16)
 
 
 class _OnePass:

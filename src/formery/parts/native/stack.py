@@ -2,21 +2,19 @@
 
 import ctypes
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from formery.parts.context import Context
-from formery.parts.embed import Output, TiedOutput
-from formery.parts.linear import Linear
-from formery.parts.native.lower import Piece, lower, row_by_row
+from formery.parts.native.lower import Piece, lower, row_by_row, way_out
 from formery.parts.native.mode import enabled
-from formery.parts.native.program import PLAIN, Pass, Program, Step, Unfit
-from formery.parts.native.writer import Writer, plain, store
+from formery.parts.native.program import Program, Unfit
+from formery.parts.native.writer import Writer
 
-_DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = (torch.float32, torch.bfloat16)
 
 
 def pieces(layers: nn.ModuleList, norm: nn.Module | None, width: int) -> list[Piece] | None:
@@ -32,24 +30,21 @@ def exact(known: Sequence[Piece] | None) -> bool:
     return known is not None and all(row_by_row(piece) for piece in known)
 
 
-def row_by_row_out(part: nn.Module) -> bool:
-    """Whether logits have the same bits however many tokens are computed together: all maps are the kernels'."""
-    try:
-        plain(part, Output, TiedOutput)
-        if isinstance(part, Output):
-            plain(part.map, Linear)
-            weights: list[Any] = [part.map.weight]
-        else:
-            assert isinstance(part, TiedOutput)
-            weights = [part.embedding.weight]
-            if part.lower is not None:
-                plain(part.lower, Linear)
-                weights.append(part.lower.weight)
-        for weight in weights:
-            store(weight)
-    except Unfit:
-        return False
-    return True
+def out(part: nn.Module, width: int) -> Program | None:
+    """The way from vectors of that width to logits as a program; None where the kernels do not do all of it."""
+    library = enabled()
+    return None if library is None else way_out(part, library, width)
+
+
+def logits(
+    part: nn.Module, hidden: Float[Tensor, "batch time width"], known: Program | None
+) -> Float[Tensor, "batch time vocabulary"]:
+    """What the output makes of vectors. known: the way out, where it was made before."""
+    if enabled(hidden) is not None and hidden.dtype in DTYPES:
+        program = known or out(part, hidden.shape[-1])
+        if program is not None:
+            return program.map(hidden)
+    return cast(Tensor, part(hidden))
 
 
 def run(
@@ -60,7 +55,7 @@ def run(
     known: Sequence[Piece] | None,
 ) -> Float[Tensor, "batch time width"]:
     """The normed vectors behind all layers. known: the pieces, where they were made before."""
-    usable = enabled(hidden) is not None and hidden.dtype in _DTYPES
+    usable = enabled(hidden) is not None and hidden.dtype in DTYPES
     if usable and known is None:
         known = pieces(layers, norm, hidden.shape[-1])
     if not usable or known is None:
@@ -88,30 +83,15 @@ def plainly(
 
 
 def alone(
-    hidden: Float[Tensor, "... inputs"], outputs: int, write: Callable[[Writer], None]
+    library: ctypes.CDLL, hidden: Float[Tensor, "... inputs"], outputs: int, write: Callable[[Writer], None]
 ) -> Float[Tensor, "... outputs"] | None:
-    """What a few steps make of vectors: from register 0 to register 1.
-
-    None where the kernels are not used, or do not know what is to be written.
-    """
-    library = enabled(hidden)
-    if library is None or hidden.dtype not in _DTYPES:
+    """What a few steps make of vectors: from register 0 to register 1; None where the kernels do not know them."""
+    if hidden.dtype not in DTYPES:
         return None
     writer = Writer(library, hidden.shape[-1])
-    writer.program.widths.append(outputs)
+    writer.program.result = writer.register("result", outputs)
     try:
         write(writer)
     except Unfit:
         return None
-    program, source = writer.program, hidden.float().contiguous()
-    rows = source.numel() // program.widths[0]
-    result = torch.empty(*hidden.shape[:-1], outputs, **PLAIN)
-    if rows:
-        others = [torch.empty(rows * width, **PLAIN) for width in program.widths[2:]]
-        steps = (Step * len(program.steps))(*program.steps)
-        room = torch.empty(library.formery_room(rows, program.narrowest), dtype=torch.uint8, device="cpu")
-        addresses = [one.data_ptr() for one in (source, result, *others)]
-        registers = ctypes.cast((ctypes.c_void_p * len(addresses))(*addresses), ctypes.c_void_p)
-        one = Pass(rows, 1, torch.get_num_threads(), None, None, registers, room.data_ptr())
-        library.formery_run(steps, len(steps), ctypes.byref(one))
-    return result.to(hidden.dtype)
+    return writer.program.map(hidden)

@@ -9,18 +9,8 @@ from torch import Tensor, nn
 from formery.parts.attention import Attention, CrossAttention
 from formery.parts.codes import Codes
 from formery.parts.linear import Linear
-from formery.parts.native.program import (
-    ATTEND,
-    LINEAR,
-    NARROW,
-    NORM,
-    ROTATE,
-    Program,
-    Remembered,
-    Sight,
-    Step,
-    Unfit,
-)  # fmt: skip
+from formery.parts.native import program as kinds
+from formery.parts.native.program import Program, Remembered, Sight, Step, Unfit
 from formery.parts.norm import AcrossHeads, LayerNorm, RMSNorm
 from formery.parts.position import Position, Rotary, Together
 
@@ -36,7 +26,7 @@ class Writer:
         self.program = Program(library, [width])
         self.names: dict[tuple[str, int], int] = {}
         self.narrowed: tuple[int, int] | None = None  # the register, and the form, that lies in the room
-        self.label = "other"
+        self.label: str | None = None  # what the next steps are for, if it is to be told
 
     def register(self, name: str, width: int) -> int:
         """A register of that width, shared by all that ask for it by that name."""
@@ -47,7 +37,7 @@ class Writer:
 
     def step(self, kind: int, source: int, target: int, extra: int = 0, **rest: Any) -> None:
         """Adds a step."""
-        if kind != NARROW and self.narrowed is not None and target == self.narrowed[0]:
+        if kind != kinds.NARROW and self.narrowed is not None and target == self.narrowed[0]:
             self.narrowed = None
         pointers = {name: self.pointer(rest.pop(name)) for name in "pqr" if rest.get(name) is not None}
         self.program.steps.append(Step(kind, source, target, extra, **rest, **pointers))
@@ -89,11 +79,12 @@ class Writer:
         form, address, scales = store(weight)
         if form != FULL:
             if self.narrowed != (source, min(form, BYTE)):
-                self.step(NARROW, source, source, a=inputs, c=form)
+                self.step(kinds.NARROW, source, source, a=inputs, c=form)
                 self.narrowed = (source, min(form, BYTE))
             self.program.narrowest = max(self.program.narrowest, inputs)
         bias = None if shift is None else whole(shift)
-        self.step(LINEAR, source, target, into, a=inputs, b=outputs, c=form, d=activation, p=address, q=scales, r=bias)
+        stored: dict[str, Any] = {"c": form, "p": address, "q": scales, "r": bias}
+        self.step(kinds.LINEAR, source, target, into, a=inputs, b=outputs, d=activation, **stored)
 
     def norm(self, part: nn.Module, source: int, target: int, repeat: int = 1) -> None:
         """target = the norm of source, `repeat` times in each row."""
@@ -107,7 +98,7 @@ class Writer:
         shift = None if isinstance(part, RMSNorm) or part.shift is None else whole(part.shift)
         offset = part.offset if isinstance(part, RMSNorm) else 0.0
         sizes: dict[str, Any] = {"a": part.width, "b": repeat, "c": int(rms), "e": part.epsilon, "f": offset}
-        self.step(NORM, source, target, **sizes, p=whole(part.weight), q=shift)
+        self.step(kinds.NORM, source, target, **sizes, p=whole(part.weight), q=shift)
 
     def head_norm(self, part: nn.Module | None, register: int, heads: int, dim: int) -> None:
         """Norms queries or keys, head by head or all heads of a token together."""
@@ -131,10 +122,10 @@ class Writer:
             if turned > 2048:
                 raise Unfit
             sizes: dict[str, Any] = {"a": heads, "b": dim, "c": turned, "d": int(one.interleaved), "e": one.magnitude}
-            self.step(ROTATE, register, register, **sizes, p=one.frequencies(turned, torch.device("cpu")))
+            self.step(kinds.ROTATE, register, register, **sizes, p=one.frequencies(turned, torch.device("cpu")))
 
-    def attend(self, part: Attention | CrossAttention, query: int, mixed: int, position: Position | None) -> int:
-        """Adds the step of attention itself; returns which cache it reads."""
+    def attend(self, part: Attention | CrossAttention, query: int, mixed: int, position: Position | None) -> None:
+        """Adds the step of attention itself."""
         crossing = isinstance(part, CrossAttention)
         program = self.program
         biased = position is not None and _biases(position)
@@ -146,15 +137,19 @@ class Writer:
         scale = part.dim**-0.5 if part.scale is None else part.scale
         cap = part.soft_cap if isinstance(part, Attention) and part.soft_cap is not None else 0.0
         sizes: dict[str, Any] = {"a": part.heads, "b": part.groups, "c": cache, "d": part.dim, "e": scale, "f": cap}
-        self.step(ATTEND, query, mixed, program.sights.index(sight), **sizes)
-        return cache
+        self.step(kinds.ATTEND, query, mixed, program.sights.index(sight), **sizes)
 
 
-def plain(part: Any, *kinds: type) -> None:
-    """Unfit unless the part is of just one of these kinds, as it was made, with nobody listening to it."""
-    hooks = (part._forward_hooks, part._forward_pre_hooks) if isinstance(part, nn.Module) else ()
-    if type(part) not in kinds or any(hooks) or "forward" in part.__dict__ or part.training:
+def plain(part: Any, *types: type) -> None:
+    """Unfit unless the part is of just one of these types, as it was made, with nobody listening to it."""
+    if type(part) not in types or not untouched(part):
         raise Unfit
+
+
+def untouched(part: nn.Module) -> bool:
+    """Whether a part computes what its class says, with nobody listening to it."""
+    hooks = (part._forward_hooks, part._forward_pre_hooks)
+    return not any(hooks) and "forward" not in part.__dict__ and not part.training
 
 
 def whole(tensor: Tensor) -> Tensor:
