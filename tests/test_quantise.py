@@ -17,6 +17,8 @@ from formery.generate import generate
 from formery.models import Decoder
 from formery.models.quantise import quantise
 from formery.parts import Codes, Embedding, Experts, Linear, Rotary, TiedOutput, build
+from formery.parts.native import build as kernels
+from formery.parts.native import using
 
 KINDS = ("int8", "int4")
 SIZES = st.one_of(st.integers(1, 70), st.sampled_from([15, 16, 17, 31, 32, 33, 127, 128, 300]))
@@ -66,7 +68,12 @@ def test_rows_are_rows_of_the_weights(bits: int, **case: Any) -> None:
     codes = Codes.of(weight, bits)
     assert codes.shape == weight.shape == codes.weights().shape
     index = torch.randint(0, case["outputs"], (3, 5))
-    assert torch.equal(codes.rows(index), codes.weights()[index])
+    plain = codes.rows(index)
+    assert torch.equal(plain, codes.weights()[index])
+    with torch.inference_mode(), using("auto" if kernels.compiler() is None else True):
+        assert torch.equal(codes.rows(index), plain)
+        with pytest.raises(IndexError):
+            codes.rows(index + case["outputs"])
     # What is a code already stays as it is, but for a scale that is told anew.
     torch.testing.assert_close(Codes.of(codes.weights(), bits).weights(), codes.weights(), rtol=2e-3, atol=1e-6)
 

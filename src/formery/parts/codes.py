@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from formery.parts.native.mode import enabled
 from formery.parts.part import Part
 
 PANEL = 16  # outputs that lie side by side
@@ -75,6 +76,14 @@ class Codes(Part):
 
     def rows(self, index: Int[Tensor, "..."]) -> Float[Tensor, "... inputs"]:
         """The weights of these outputs."""
+        library = enabled(self.codes, index)
+        if library is not None:
+            self._check(index)
+            index = index.long().contiguous()
+            found = torch.empty(*index.shape, self.inputs, dtype=torch.float32)
+            places = [one.data_ptr() for one in (self.codes, self.scales, index, found)]
+            library.formery_weights(*places[:2], self.bits, self.inputs, places[2], index.numel(), places[3])
+            return found
         panel, place = index // PANEL, index % PANEL
         if self.bits == 8:
             whole = self.codes[panel, :, place].flatten(-2).int() - 128
@@ -84,6 +93,13 @@ class Codes(Part):
             whole = torch.stack((both & 15, both >> 4), -2).flatten(-3).int() - 8
             weights = (whole * self.scales.view(torch.float16)[panel, :, place].float()[..., None]).flatten(-2)
         return weights[..., : self.inputs]
+
+    def _check(self, index: Tensor) -> None:
+        """Raises IndexError, as tensors do, where an output is asked for that is not there."""
+        if index.numel():
+            least, most = (int(one) for one in index.aminmax())
+            if least < 0 or most >= self.outputs:
+                raise IndexError(f"output {most if least >= 0 else least} is asked for, of {self.outputs}")
 
     def weights(self) -> Float[Tensor, "outputs inputs"]:
         """All weights, as they are computed with."""

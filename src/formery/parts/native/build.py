@@ -135,12 +135,19 @@ def library(wait: bool = False) -> ctypes.CDLL | None:
             if _digest(content[:-32]) != content[-32:]:
                 raise OSError("it is damaged")  # the system would end the program
             found = ctypes.CDLL(str(path))
-            found.formery_room.restype, found.formery_room.argtypes = ctypes.c_long, [ctypes.c_long, ctypes.c_long]
-            found.formery_run.restype = None
-            found.formery_run.argtypes = [ctypes.c_void_p, ctypes.c_long, ctypes.c_void_p]
+            _declare(found)
             _loaded[path] = found
         except (OSError, AttributeError) as error:
             if wait:
                 raise FormeryError(f"{path} cannot be loaded ({error}); remove that file.") from error
             _loaded[path] = None
     return _loaded[path]
+
+
+def _declare(library: ctypes.CDLL) -> None:
+    """Says which arguments the functions take; raises AttributeError where one is not there."""
+    pointer, number = ctypes.c_void_p, ctypes.c_long
+    library.formery_room.restype, library.formery_room.argtypes = number, [number, number]
+    library.formery_run.restype, library.formery_run.argtypes = None, [pointer, number, pointer]
+    library.formery_weights.restype = None
+    library.formery_weights.argtypes = [pointer, pointer, number, number, pointer, number, pointer]

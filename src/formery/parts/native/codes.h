@@ -43,7 +43,8 @@ struct Whole {
                 v16 value = count > 0 ? ::take(x, i, count) * inverse : v16{};
                 i16 whole = __builtin_convertvector(value + (value < 0.0f ? all(-0.5f) : all(0.5f)), i16);
                 i16 upper = (whole + 128) >> 8, lower = whole - (upper << 8);
-                bytes16 first = __builtin_convertvector(upper, bytes16), second = __builtin_convertvector(lower, bytes16);
+                bytes16 first = __builtin_convertvector(upper, bytes16);
+                bytes16 second = __builtin_convertvector(lower, bytes16);
                 memcpy(h + i, &first, 16), memcpy(l + i, &second, 16);
                 highs += upper, lows += lower;
             }
@@ -205,6 +206,25 @@ static void multiply_codes(const Whole &x, long rows, const uint8_t *w, const vo
             default: rows_by_panels<BITS, 4>(x, row, w, scales, panel, end, outputs, take);
             }
             row += count;
+        }
+    }
+}
+
+// The weights of one output: what an embedding takes from its table.
+template <int BITS>
+static inline void weights_of(const uint8_t *w, const void *scales, long inputs, long output, float *y) {
+    long groups = (inputs + GROUP - 1) / GROUP, panel = output / 16, place = output % 16;
+    const uint8_t *at = w + panel * 16 * groups * GROUP * BITS / 8 + place * 4;
+    for (long g = 0; g < groups; g++) {
+        float scale = BITS == 8 ? ((const float *)scales)[output]
+                                : halves((const uint16_t *)scales + (panel * groups + g) * 16)[place];
+        for (long i = g * GROUP; i < inputs && i < (g + 1) * GROUP; i++) {
+            if constexpr (BITS == 8) {
+                y[i] = (at[i / 4 * 64 + i % 4] - 128) * scale;
+            } else {
+                uint8_t both = at[i / 8 * 64 + i % 4];
+                y[i] = ((i / 4 % 2 ? both >> 4 : both & 15) - 8) * scale;
+            }
         }
     }
 }

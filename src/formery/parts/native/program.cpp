@@ -191,6 +191,12 @@ static inline void breathe(long &spins) {
     }
 }
 
+extern "C" void formery_weights(const uint8_t *codes, const void *scales, long bits, long inputs, const int64_t *outputs,
+                                long count, float *y) {
+    for (long i = 0; i < count; i++, y += inputs)
+        bits == 8 ? weights_of<8>(codes, scales, inputs, outputs[i], y) : weights_of<4>(codes, scales, inputs, outputs[i], y);
+}
+
 extern "C" long formery_room(long rows, long inputs) { return std::max<long>(rows * inputs * 2, Whole::bytes(rows, inputs)); }
 
 extern "C" void formery_run(const Step *steps, long count, const Pass *pass) {
