@@ -1,5 +1,7 @@
 """Weights of 8 or 4 bits: whole numbers with scales, in the place of a table of floating-point weights."""
 
+import ctypes
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -39,6 +41,11 @@ class Codes(Part):
     @classmethod
     def of(cls, weight: Float[Tensor, "outputs inputs"], bits: int = 8) -> "Codes":
         """The codes nearest to these weights; a group's scale is the one with the least squared error."""
+        with weight.device:
+            return cls._of(weight, bits)
+
+    @classmethod
+    def _of(cls, weight: Float[Tensor, "outputs inputs"], bits: int) -> "Codes":
         made = cls(weight.shape[0], weight.shape[1], bits)
         panels, groups = -(-made.outputs // PANEL), -(-made.inputs // GROUP)
         full = torch.zeros(panels * PANEL, groups * GROUP)
@@ -77,7 +84,7 @@ class Codes(Part):
     def rows(self, index: Int[Tensor, "..."]) -> Float[Tensor, "... inputs"]:
         """The weights of these outputs."""
         library = enabled(self.codes, index)
-        if library is not None:
+        if isinstance(library, ctypes.CDLL):
             self._check(index)
             index = index.long().contiguous()
             found = torch.empty(*index.shape, self.inputs, dtype=torch.float32)

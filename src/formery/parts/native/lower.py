@@ -1,6 +1,5 @@
 """From parts to steps: what each kind of part is for the kernels. A kind that is not here runs by its own `forward`."""
 
-import ctypes
 from collections.abc import Iterator, Sequence
 
 from torch import nn
@@ -10,6 +9,7 @@ from formery.parts.embed import Output, TiedOutput
 from formery.parts.experts import Experts
 from formery.parts.feedforward import MLP, GatedMLP
 from formery.parts.linear import Linear
+from formery.parts.native.mode import Library
 from formery.parts.native.program import ADD, APPEND, CAP, SCALE, Program, Unfit
 from formery.parts.native.writer import PLUS, SET, TIMES, Writer, plain, untouched
 from formery.parts.norm import LayerNorm, RMSNorm
@@ -96,7 +96,7 @@ def _norm(part: nn.Module, writer: Writer, source: int, target: int) -> None:
     writer.norm(part, source, target)
 
 
-def way_out(part: nn.Module, library: ctypes.CDLL, width: int) -> Program | None:
+def way_out(part: nn.Module, library: Library, width: int) -> Program | None:
     """The way from hidden vectors to logits as a program, where the kernels know all of it."""
     writer = Writer(library, width)
     writer.label = "output"
@@ -132,7 +132,7 @@ def _tied(part: TiedOutput, writer: Writer, logits: int) -> None:
 Piece = Program | nn.Module
 
 
-def lower(library: ctypes.CDLL, layers: Sequence[nn.Module], norm: nn.Module | None, width: int) -> list[Piece]:
+def lower(library: Library, layers: Sequence[nn.Module], norm: nn.Module | None, width: int) -> list[Piece]:
     """Layers, and the norm behind them, as programs that are as long as can be; what cannot be one stands by itself."""
     pieces: list[Piece] = []
     writer = Writer(library, width)
@@ -154,7 +154,7 @@ def lower(library: ctypes.CDLL, layers: Sequence[nn.Module], norm: nn.Module | N
     return [*pieces, *([writer.program] if writer.program.steps else [])]
 
 
-def _fits(part: nn.Module, library: ctypes.CDLL, width: int) -> bool:
+def _fits(part: nn.Module, library: Library, width: int) -> bool:
     """Whether the kernels know all of it."""
     try:
         layer(part, Writer(library, width))
@@ -163,7 +163,7 @@ def _fits(part: nn.Module, library: ctypes.CDLL, width: int) -> bool:
     return True
 
 
-def _units(layers: Sequence[nn.Module], library: ctypes.CDLL, width: int) -> Iterator[nn.Module]:
+def _units(layers: Sequence[nn.Module], library: Library, width: int) -> Iterator[nn.Module]:
     """The layers; of one that the kernels know in part only, its sub-layers."""
     for part in layers:
         if type(part) is Layer and untouched(part) and not _fits(part, library, width):

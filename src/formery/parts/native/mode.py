@@ -1,10 +1,12 @@
 """Whether the compiled kernels are used: as asked for, where they are built, and never where gradients are wanted."""
 
 import ctypes
+import functools
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,7 +14,12 @@ from torch import Tensor
 from formery.errors import FormeryError
 from formery.parts.native import build
 
+if TYPE_CHECKING:
+    from formery.parts.native.cards.program import Card
+
+Library: TypeAlias = "ctypes.CDLL | Card"
 Compile = bool | Literal["auto"]
+OLDEST = (8, 0)  # of graphics cards: those that multiply numbers of 16 bits of this kind
 WORTH_WAITING = 2e10  # multiplications for which building the kernels first pays: some seconds of plain work
 _mode: ContextVar[Compile] = ContextVar("compile", default="auto")
 
@@ -53,14 +60,32 @@ def prepare(mode: Compile, work: float) -> None:
             build.begin()
 
 
-def enabled(*tensors: Tensor) -> ctypes.CDLL | None:
-    """The kernels, if they may be used here and now on these tensors."""
+@functools.cache
+def card(device: torch.device) -> "Card | None":
+    """A graphics card with kernels for it; None where it is too old, or what compiles them is not installed."""
+    if importlib.util.find_spec("triton") is None or build.compiler() is None:
+        return None
+    if torch.cuda.get_device_capability(device) < OLDEST:
+        return None
+    from formery.parts.native.cards.program import Card
+
+    return Card(device)
+
+
+def enabled(*tensors: Tensor) -> "Library | None":
+    """The kernels, if they may be used here and now on these tensors: a processor's, or a graphics card's."""
     # Gradients first: torch.compile, which trains, cannot follow a context variable.
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
     mode = _mode.get()
     if mode is False:
         return None
-    if any(tensor.device.type != "cpu" for tensor in tensors):
+    devices = {tensor.device for tensor in tensors} or {torch.device("cpu")}
+    if len(devices) > 1:
+        return None
+    [device] = devices
+    if device.type == "cuda":
+        return card(device)
+    if device.type != "cpu":
         return None
     return build.library(wait=mode is True)

@@ -88,22 +88,47 @@ class Sight:
     crossing: bool
 
 
+@dataclass(frozen=True)
+class Seeing:
+    """Who sees whom in one pass: of which kind, in which window, by which table, and what is added to the scores."""
+
+    kind: int
+    window: int
+    allowed: Tensor | None
+    bias: Tensor | None
+
+
+@dataclass
+class Occasion:
+    """What one run of a program knows besides the vectors.
+
+    filled: slots in use. starts: the slot of each row's first token. positions: of each token.
+    """
+
+    batch: int
+    time: int
+    filled: int = 0
+    starts: list[int] = field(default_factory=list)
+    positions: Tensor | None = None
+    seeing: list[Seeing] = field(default_factory=list)
+
+
 @dataclass
 class Program:
     """The steps, and what they need; register 0 holds the vectors that come in.
 
-    kept: tensors whose memory the steps point to. labels: what each step is for (attention, feed-forward, norm).
+    operands: the tensors that the steps point to. labels: what each step is for (attention, feed-forward, norm).
     origin: the parts that it stands for. result: the register of what comes out; where it is 0, the steps change the
     stream of hidden vectors, otherwise they leave what came in as it is.
     """
 
-    library: ctypes.CDLL
+    library: Any
     widths: list[int]
     steps: list[Step] = field(default_factory=list)
+    operands: list[tuple[Tensor | None, ...]] = field(default_factory=list)
     labels: list[str | None] = field(default_factory=list)
     attentions: list[Remembered] = field(default_factory=list)
     sights: list[Sight] = field(default_factory=list)
-    kept: list[Tensor] = field(default_factory=list)
     origin: list[Any] = field(default_factory=list)
     result: int = 0
     narrowest: int = 0  # the widest input of a weight that is not in 32 bits
@@ -121,34 +146,36 @@ class Program:
         held: list[Any] = []
         self._look_up(context, held)
         context.turns.update(one.part for one in self.attentions if not one.crossing)
-        sights = (Seen * max(1, len(self.sights)))(*(self._seen(one, context, held) for one in self.sights))
-        positions = context.positions.to(torch.int64).contiguous()
-        filled, starts = time, [0] * batch
+        one = Occasion(batch, time, time, [0] * batch, context.positions.to(torch.int64).contiguous())
         if context.state is not None:
-            filled, starts = context.state.slots.filled, context.state.slots.start
-        one = Pass(
-            batch, time, torch.get_num_threads(), filled, positions.data_ptr(),
-            ctypes.cast((_LONG * batch)(*starts), _POINTER), caches=ctypes.cast(self._caches, _POINTER),
-            sights=ctypes.cast(sights, _POINTER),
-        )  # fmt: skip
-        return self._carry_out(one, hidden)
+            one.filled, one.starts = context.state.slots.filled, context.state.slots.start
+        one.seeing = [_seeing(sight, context) for sight in self.sights]
+        return self._carry_out(hidden, one)
 
     def map(self, hidden: Float[Tensor, "... width"]) -> Float[Tensor, "... outputs"]:
         """The vectors after all steps, where these look at nothing else."""
-        return self._carry_out(Pass(hidden.numel() // self.widths[0], 1, torch.get_num_threads()), hidden)
+        return self._carry_out(hidden, Occasion(hidden.numel() // self.widths[0], 1))
 
-    def _carry_out(self, one: Pass, hidden: Tensor) -> Tensor:
+    def _carry_out(self, hidden: Tensor, one: Occasion) -> Tensor:
         rows, outputs = one.batch * one.time, self.widths[self.result]
         self._reserve(rows)
         stream = hidden.to(torch.float32, copy=self.result == 0).contiguous()
         result = stream if self.result == 0 else torch.empty(*hidden.shape[:-1], outputs, **PLAIN)
         self._addresses[0], self._addresses[self.result] = stream.data_ptr(), result.data_ptr()
-        one.registers, one.room = ctypes.cast(self._addresses, _POINTER), self._room.data_ptr()
         spans, started = watching(), perf_counter()
         seconds = None if spans is None else (ctypes.c_double * len(self.steps))()
-        one.seconds = None if seconds is None else ctypes.cast(seconds, _POINTER)
+        starts, sights = (_LONG * len(one.starts))(*one.starts), (Seen * len(one.seeing))(*map(_seen, one.seeing))
+        lists = (starts, self._addresses, self._caches, sights, seconds)
+        begins, registers, caches, seen, clock = (one if one is None else ctypes.cast(one, _POINTER) for one in lists)
+        positions = None if one.positions is None else one.positions.data_ptr()
         if rows:
-            self.library.formery_run(self._array, len(self.steps), ctypes.byref(one))
+            self.library.formery_run(
+                self._array, len(self.steps),
+                ctypes.byref(Pass(
+                    one.batch, one.time, torch.get_num_threads(), one.filled, positions, begins, registers,
+                    self._room.data_ptr(), caches, seen, clock,
+                )),
+            )  # fmt: skip
         if spans is not None and seconds is not None:
             for label, steps in groupby(zip(self.labels, seconds, strict=True), lambda pair: pair[0]):
                 spent = sum(second for _, second in steps)
@@ -190,25 +217,33 @@ class Program:
                 self._caches[number] = _cache(own.keys, own.values, one.crossing)
                 self._known[number] = own.keys, own.values
 
-    def _seen(self, one: Sight, context: Context, held: list[Any]) -> Seen:
-        reading = context.memory if one.crossing else context
-        assert reading is not None
-        seen = Seen(*_range(one.mask, reading))
-        if seen.kind == TABLE:
-            visibility = reading.visibility(one.mask, one.heads)
-            if visibility.allowed is None:
-                seen.kind = CAUSAL if visibility.causal else EVERYTHING
-            else:
-                allowed = visibility.allowed.contiguous()
-                held.append(allowed)
-                seen.allowed = allowed.data_ptr()
-                seen.row, seen.head, seen.query = _steps(allowed)
-        if one.position is not None and (bias := one.position.bias(one.heads, context)) is not None:
-            bias = bias.float().contiguous()
-            held.append(bias)
-            seen.bias = bias.data_ptr()
-            seen.bias_row, seen.bias_head, seen.bias_query = _steps(bias)
-        return seen
+
+def _seeing(one: Sight, context: Context) -> Seeing:
+    """Who sees whom in this pass."""
+    reading = context.memory if one.crossing else context
+    assert reading is not None
+    kind, window = _range(one.mask, reading)
+    allowed = bias = None
+    if kind == TABLE:
+        visibility = reading.visibility(one.mask, one.heads)
+        if visibility.allowed is None:
+            kind = CAUSAL if visibility.causal else EVERYTHING
+        else:
+            allowed = visibility.allowed.contiguous()
+    if one.position is not None and (found := one.position.bias(one.heads, context)) is not None:
+        bias = found.float().contiguous()
+    return Seeing(kind, window, allowed, bias)
+
+
+def _seen(one: Seeing) -> Seen:
+    seen = Seen(one.kind, one.window)
+    if one.allowed is not None:
+        seen.allowed = one.allowed.data_ptr()
+        seen.row, seen.head, seen.query = strides(one.allowed)
+    if one.bias is not None:
+        seen.bias = one.bias.data_ptr()
+        seen.bias_row, seen.bias_head, seen.bias_query = strides(one.bias)
+    return seen
 
 
 def _cache(keys: Tensor, values: Tensor, crossing: bool) -> Cache:
@@ -258,6 +293,6 @@ def _range(mask: Mask, context: Context) -> tuple[int, int]:
     return TABLE, 0
 
 
-def _steps(table: Tensor) -> list[int]:
+def strides(table: Tensor) -> list[int]:
     """The steps of a table [#row, #head, #query, slot] that stands for all rows, heads or queries where it has one."""
     return [0 if size == 1 else step for size, step in zip(table.shape[:3], table.stride()[:3], strict=True)]

@@ -1,7 +1,7 @@
 """A stack of layers, run by the kernels where they can, by the layers' own `forward` where they cannot."""
 
-import ctypes
 from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from typing import cast
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from formery.parts.context import Context
 from formery.parts.native.lower import Piece, lower, row_by_row, way_out
-from formery.parts.native.mode import enabled
+from formery.parts.native.mode import Library, enabled
 from formery.parts.native.program import Program, Unfit
 from formery.parts.native.writer import Writer
 
@@ -19,7 +19,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 def pieces(layers: nn.ModuleList, norm: nn.Module | None, width: int) -> list[Piece] | None:
     """The stack as programs, written anew from what the layers are now; None where no kernels are used."""
-    library = enabled()
+    library = enabled(*islice(layers.parameters(), 1))
     if library is None or layers.training:
         return None
     return lower(library, list(layers), norm, width)
@@ -32,7 +32,7 @@ def exact(known: Sequence[Piece] | None) -> bool:
 
 def out(part: nn.Module, width: int) -> Program | None:
     """The way from vectors of that width to logits as a program; None where the kernels do not do all of it."""
-    library = enabled()
+    library = enabled(*islice(part.parameters(), 1))
     return None if library is None else way_out(part, library, width)
 
 
@@ -83,7 +83,7 @@ def plainly(
 
 
 def alone(
-    library: ctypes.CDLL, hidden: Float[Tensor, "... inputs"], outputs: int, write: Callable[[Writer], None]
+    library: Library, hidden: Float[Tensor, "... inputs"], outputs: int, write: Callable[[Writer], None]
 ) -> Float[Tensor, "... outputs"] | None:
     """What a few steps make of vectors: from register 0 to register 1; None where the kernels do not know them."""
     if hidden.dtype not in DTYPES:

@@ -10,6 +10,7 @@ from formery.parts.attention import Attention, CrossAttention
 from formery.parts.codes import Codes
 from formery.parts.linear import Linear
 from formery.parts.native import program as kinds
+from formery.parts.native.mode import Library
 from formery.parts.native.program import Program, Remembered, Sight, Step, Unfit
 from formery.parts.norm import AcrossHeads, LayerNorm, RMSNorm
 from formery.parts.position import Position, Rotary, Together
@@ -22,8 +23,9 @@ FULL, BRAIN, BYTE, NIBBLE = range(4)
 class Writer:
     """Writes the steps of a program, part by part."""
 
-    def __init__(self, library: ctypes.CDLL, width: int):
-        self.program = Program(library, [width])
+    def __init__(self, library: Library, width: int):
+        self.device = torch.device("cpu") if isinstance(library, ctypes.CDLL) else library.device
+        self.program = Program(library, [width]) if isinstance(library, ctypes.CDLL) else library.program(width)
         self.names: dict[tuple[str, int], int] = {}
         self.narrowed: tuple[int, int] | None = None  # the register, and the form, that lies in the room
         self.label: str | None = None  # what the next steps are for, if it is to be told
@@ -39,19 +41,16 @@ class Writer:
         """Adds a step."""
         if kind != kinds.NARROW and self.narrowed is not None and target == self.narrowed[0]:
             self.narrowed = None
-        pointers = {name: self.pointer(rest.pop(name)) for name in "pqr" if rest.get(name) is not None}
+        operands = {name: rest.pop(name, None) for name in "pqr"}
+        pointers = {name: tensor.data_ptr() for name, tensor in operands.items() if tensor is not None}
         self.program.steps.append(Step(kind, source, target, extra, **rest, **pointers))
+        self.program.operands.append(tuple(operands.values()))
         self.program.labels.append(self.label)
 
     def fits(self, register: int, width: int) -> None:
         """Unfit where vectors of a register are not of that width: the kernels would read or write beside them."""
         if self.program.widths[register] != width:
             raise Unfit
-
-    def pointer(self, tensor: Tensor) -> int:
-        """The address of a tensor that is kept as long as the program."""
-        self.program.kept.append(tensor)
-        return tensor.data_ptr()
 
     def linear(self, part: nn.Module, source: int, target: int, into: int = SET, activation: str = "identity") -> None:
         """target = activation(weight · source + bias), or added to it, or multiplied with it."""
@@ -76,13 +75,13 @@ class Writer:
         self.fits(target, outputs)
         if shift is not None and shift.shape != (outputs,):
             raise Unfit
-        form, address, scales = store(weight)
+        form, address, scales = store(weight, self.device)
         if form != FULL:
             if self.narrowed != (source, min(form, BYTE)):
                 self.step(kinds.NARROW, source, source, a=inputs, c=form)
                 self.narrowed = (source, min(form, BYTE))
             self.program.narrowest = max(self.program.narrowest, inputs)
-        bias = None if shift is None else whole(shift)
+        bias = None if shift is None else whole(shift, self.device)
         stored: dict[str, Any] = {"c": form, "p": address, "q": scales, "r": bias}
         self.step(kinds.LINEAR, source, target, into, a=inputs, b=outputs, d=activation, **stored)
 
@@ -95,10 +94,10 @@ class Writer:
         self.fits(target, part.width * repeat)
         if part.weight.shape != (part.width,):
             raise Unfit
-        shift = None if isinstance(part, RMSNorm) or part.shift is None else whole(part.shift)
+        shift = None if isinstance(part, RMSNorm) or part.shift is None else whole(part.shift, self.device)
         offset = part.offset if isinstance(part, RMSNorm) else 0.0
         sizes: dict[str, Any] = {"a": part.width, "b": repeat, "c": int(rms), "e": part.epsilon, "f": offset}
-        self.step(kinds.NORM, source, target, **sizes, p=whole(part.weight), q=shift)
+        self.step(kinds.NORM, source, target, **sizes, p=whole(part.weight, self.device), q=shift)
 
     def head_norm(self, part: nn.Module | None, register: int, heads: int, dim: int) -> None:
         """Norms queries or keys, head by head or all heads of a token together."""
@@ -122,7 +121,7 @@ class Writer:
             if turned > 2048:
                 raise Unfit
             sizes: dict[str, Any] = {"a": heads, "b": dim, "c": turned, "d": int(one.interleaved), "e": one.magnitude}
-            self.step(kinds.ROTATE, register, register, **sizes, p=one.frequencies(turned, torch.device("cpu")))
+            self.step(kinds.ROTATE, register, register, **sizes, p=one.frequencies(turned, self.device))
 
     def attend(self, part: Attention | CrossAttention, query: int, mixed: int, position: Position | None) -> None:
         """Adds the step of attention itself."""
@@ -152,20 +151,20 @@ def untouched(part: nn.Module) -> bool:
     return not any(hooks) and "forward" not in part.__dict__ and not part.training
 
 
-def whole(tensor: Tensor) -> Tensor:
+def whole(tensor: Tensor, device: torch.device) -> Tensor:
     """The numbers in 32 bits."""
-    if tensor.device.type != "cpu":
+    if tensor.device != device:
         raise Unfit
     return tensor.detach().float().contiguous()
 
 
-def store(weight: Tensor | Codes) -> tuple[int, Tensor, Tensor | None]:
+def store(weight: Tensor | Codes, device: torch.device) -> tuple[int, Tensor, Tensor | None]:
     """How weights are stored, where, and their scales; Unfit where the kernels cannot read them."""
+    if weight.device != device:
+        raise Unfit
     if isinstance(weight, Codes):
-        if weight.codes.device.type != "cpu":
-            raise Unfit
         return (BYTE if weight.bits == 8 else NIBBLE), weight.codes, weight.scales
-    if weight.dtype not in (torch.float32, torch.bfloat16) or weight.device.type != "cpu" or not weight.is_contiguous():
+    if weight.dtype not in (torch.float32, torch.bfloat16) or not weight.is_contiguous():
         raise Unfit
     return (FULL if weight.dtype == torch.float32 else BRAIN), weight.detach(), None
 
