@@ -23,7 +23,7 @@ from formery.parts import (
     Mamba2,
     Output,
     TiedOutput,
-)  # fmt: skip
+)
 from formery.parts.spans import Span, Spans, watched
 
 PARTS: dict[str, tuple[type[nn.Module], ...]] = {

@@ -5,9 +5,9 @@
 
 Greedy decoding is exact by decision, not by luck. The compiled kernels compute a token's logits with the same bits
 however many tokens and rows are computed together. Where they are not used, logits differ in their last bits, so near
-ties could flip. There, every greedy choice whose margin lies within the rounding bound is
-therefore decided by `canonical`: the row alone, from scratch, in one pass. Plain decoding does the same, so all
-methods, batch sizes and draft lengths agree; `guarded` counts how often it was needed.
+ties could flip; there, every greedy choice whose margin lies within the rounding bound is decided by `canonical`: the
+row alone, from scratch, in one pass. Plain decoding does the same, so all methods, batch sizes and draft lengths agree;
+`guarded` counts how often it was needed.
 """
 
 import time
@@ -137,27 +137,27 @@ class Judge:
                 for j in range(len(draft.tokens) + 1):
                     first = not row.output and j == 0
                     logits[i, j] = penalised(logits[i, j], history + draft.tokens[:j], self.settings, first)
-        if not self.guard:
-            choices = logits.argmax(-1).tolist()
-            return [
-                self._greedy(row, draft, choices[i][: len(draft.tokens) + 1], [])
-                for i, (row, draft) in enumerate(zip(rows, drafts, strict=True))
-            ]
-        # A penalty multiplies what rounding did to a logit as well.
-        penalty = self.settings.repetition_penalty
-        bound = rounding_bound(plain, self.coded) * max(penalty, 1 / penalty)
-        top = logits.topk(min(2, logits.shape[-1]), -1)
-        choices = top.indices[..., 0].tolist()
-        close = (top.values[..., 0] - top.values[..., -1] <= bound).tolist()
+        choices, close = self._choices(plain, logits)
         return [
             self._greedy(row, draft, choices[i][: len(draft.tokens) + 1], close[i])
             for i, (row, draft) in enumerate(zip(rows, drafts, strict=True))
         ]
 
+    def _choices(self, plain: Tensor, logits: Tensor) -> tuple[list[list[int]], list[list[bool]]]:
+        """The likeliest tokens, and which of them are near ties; plain: the logits before penalties."""
+        if not self.guard:
+            likeliest: list[list[int]] = logits.argmax(-1).tolist()
+            return likeliest, [[False] * len(row) for row in likeliest]
+        # A penalty multiplies what rounding did to a logit as well.
+        penalty = self.settings.repetition_penalty
+        bound = rounding_bound(plain, self.coded) * max(penalty, 1 / penalty)
+        top = logits.topk(min(2, logits.shape[-1]), -1)
+        return top.indices[..., 0].tolist(), (top.values[..., 0] - top.values[..., -1] <= bound).tolist()
+
     def _greedy(self, row: Row, draft: Draft, choices: list[int], close: list[bool]) -> Verdict:
         guarded = 0
         for j, token in enumerate([*draft.tokens, None]):
-            if self.guard and close[j]:
+            if close[j]:
                 history = draft.tokens[:j]
                 logits = canonical(self.model, row.source, row.tokens + history)
                 first = not row.output and j == 0

@@ -24,7 +24,7 @@ from formery.parts.native.program import (
     Program,
     Step,
     strides,
-)  # fmt: skip
+)
 
 FULL, BRAIN, BYTE, NIBBLE = range(4)
 ROOM = 2**24  # numbers: what the shares of attention may take at a time
@@ -214,9 +214,8 @@ class CardProgram(Program):
             self._recorded.clear()
         lines = at_once * share // (width + 2)
         found, tops, totals = self._shares[: at_once * share].split([lines * width, lines, lines])
-        query, result, filled = (
-            self._registers[step.source], self._registers[step.target], self._told[rows + one.batch :],
-        )  # fmt: skip
+        query, result = self._registers[step.source], self._registers[step.target]
+        filled = self._told[rows + one.batch :]
         allowed, bias = seeing.allowed, seeing.bias
         by = [0, 0, 0] if allowed is None else strides(allowed)
         bias_by = [0, 0, 0] if bias is None else strides(bias)
