@@ -1,5 +1,6 @@
 """What all tests share: one thread, fixed seeds, unhurried Hypothesis, the compiled kernels where they can be built."""
 
+import os
 from collections.abc import Iterator
 from contextlib import suppress
 
@@ -9,6 +10,9 @@ from hypothesis import settings
 
 from formery.errors import FormeryError
 from formery.parts.native import build
+
+# Before anything imports Triton: the kernels of graphics cards are carried out by its interpreter.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 settings.register_profile("formery", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("formery")

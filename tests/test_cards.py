@@ -4,8 +4,6 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
-os.environ.setdefault("TRITON_INTERPRET", "1")
-
 import pytest
 import torch
 from generation import decoder, model
