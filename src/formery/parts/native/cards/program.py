@@ -25,24 +25,24 @@ from formery.parts.native.program import (
     Step,
     strides,
 )
+from formery.parts.native.writer import BRAIN, BYTE, FULL
 
-FULL, BRAIN, BYTE, NIBBLE = range(4)
 ROOM = 2**24  # numbers: what the shares of attention may take at a time
 PLAYED = 16  # shapes of passes that are kept to be played back
-TILE = 16  # rows
-SHARE = 128  # slots
+TILE, SHARE = kernels.ROWS.value, kernels.SHARE.value  # rows, and slots, that belong together
 PRODUCTS = kernels.product, kernels.product, kernels.product8, kernels.product4
 Operands = tuple[Tensor | None, ...]
 
 
 @dataclass(frozen=True)
 class Card:
-    """One graphics card. graphs: whether its launches can be recorded."""
+    """One graphics card."""
 
     device: torch.device
 
     @property
     def graphs(self) -> bool:
+        """Whether launches can be recorded: not where the processor carries them out."""
         return self.device.type == "cuda"
 
     def program(self, width: int) -> "CardProgram":
