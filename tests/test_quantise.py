@@ -240,3 +240,9 @@ def test_the_models_that_come_along_write_nearly_the_same() -> None:
     plain = generate(target, prompts, **asked)[0]
     found = generate(formery.load(name, quantize="int8"), prompts, **asked)[0]
     assert found.tokens[:4] == plain.tokens[:4]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a graphics card here")
+def test_a_card_that_is_not_there_is_one_sentence() -> None:
+    with pytest.raises(FormeryError, match="there is no cuda here"):
+        formery.load("code", device="cuda")

@@ -125,6 +125,8 @@ def load(
     truncated or foreign file, an unknown part or architecture, and a tensor that is missing, extra or misshapen.
     """
     mode, kind = checked(compile), weights.named_dtype(dtype) if isinstance(dtype, str) else dtype
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise FormeryError(f"there is no {device} here: this PyTorch sees no graphics card; leave device out.")
     model = _loaded(locate(path, revision), kind, device)
     if quantize is not None:
         quantise(model, quantize)
