@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from formery.data.tokenizer import Tokenizer, train_bpe
 from formery.generate import Settings
+from formery.generate.draft import as_batch
 from formery.methods import discover
 from formery.models import Conventions, Decoder, Encoder, EncoderDecoder
 from formery.parts import (
@@ -139,6 +140,13 @@ class Said:
     def rollback(self, lengths: Sequence[int]) -> None:
         pass
 
+    def check_settle(self, paths: Sequence[Sequence[int]]) -> None:
+        pass
+
+    def settle(self, paths: Sequence[Sequence[int]]) -> None:
+        for row, (start, path) in enumerate(zip(self.slots.start, paths, strict=True)):
+            self.tokens[row, start : start + len(path)] = self.tokens[row, [start + place for place in path]]
+
     def gather(self, slots: Int[Tensor, "batch slot"]) -> None:
         raise NotImplementedError
 
@@ -164,29 +172,37 @@ class Told(nn.Module):
         self.conventions = Conventions()
         self.nothing = nn.Parameter(torch.zeros(1))
 
-    def begin(self, prompts: Sequence[Sequence[int]], capacity: int) -> tuple[State, list[list[int]]]:
+    def begin(
+        self, prompts: Sequence[Sequence[int]], capacity: int, keep: bool = False
+    ) -> tuple[State, list[list[int]]]:
         state = State(len(prompts), capacity)
         state.layers[self] = Said(state.slots)  # type: ignore[index]
         return state, [list(prompt) for prompt in prompts]
 
     def read(
-        self, tokens: Tensor, state: State, positions: Tensor | None = None
+        self, tokens: Tensor, state: State, positions: Tensor | None = None, visible: Tensor | None = None
     ) -> Float[Tensor, "batch time vocabulary"]:
         state.reserve(tokens.shape[1])
         own = state.layers[self]  # type: ignore[index]
         assert isinstance(own, Said)
         at = state.slots.extend(positions, tokens.shape[1]).tolist()
         state.slots.write(own.tokens, tokens)
-        texts = own.tokens.tolist()
-        rows = [[self.says(tuple(text[: j + 1])) for j in row] for text, row in zip(texts, at, strict=True)]
+        slots = state.slots.positions.tolist()
+        rows = []
+        for row, text in enumerate(own.tokens.tolist()):
+            rows.append([])
+            for query, position in enumerate(at[row]):
+                seen = range(len(text)) if visible is None else visible[row, query].nonzero().flatten().tolist()
+                read = sorted((slots[row][slot], text[slot]) for slot in seen if 0 <= slots[row][slot] <= position)
+                rows[-1].append(self.says(tuple(token for _, token in read)))
         return torch.stack([torch.stack(row) for row in rows])
 
     def step(
-        self, tokens: Tensor, state: State, positions: Tensor | None = None
+        self, tokens: Tensor, state: State, positions: Tensor | None = None, visible: Tensor | None = None
     ) -> Float[Tensor, "batch time vocabulary"]:
-        return self.read(tokens, state, positions)
+        return self.read(tokens, state, positions, visible)
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, state: State | None = None) -> Tensor:
         return hidden
 
     def parameter_count(self) -> int:
@@ -275,6 +291,14 @@ def llama(seed: int = 0, vocabulary: int = 61) -> tuple[Decoder, LlamaForCausalL
     weights = theirs.state_dict()
     ours.load_state_dict({own: weights[other] for own, other in names.items()})
     return ours.eval(), theirs
+
+
+def feed(
+    model: Decoder | EncoderDecoder, state: State, rows: Sequence[Sequence[int]]
+) -> Float[Tensor, "batch width vocabulary"]:
+    """Reads more tokens of each row into the state; roll it back afterwards where widths differ."""
+    tokens, positions = as_batch(rows, state.slots.lengths, next(model.parameters()).device)
+    return model.step(tokens, state, positions)
 
 
 def padded_left(prompts: Sequence[list[int]]) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from formery.generate import Row, Settings, Verdict
 from formery.generate.draft import as_batch, stream_of
 from formery.generate.drafters import CopyDrafter, ModelDrafter, Places
 from formery.generate.run import generate
+from formery.generate.target import Target
 from formery.methods.decoding.parallel.parallel_jacobi_decoding import JacobiDrafter
 
 
@@ -24,7 +25,7 @@ def copied(prompt: list[int], output: list[int], apart: bool = False, **options:
     """What is copied after this output."""
     drafter = CopyDrafter(**options)  # type: ignore[arg-type]
     one = row(prompt, [], apart)
-    drafter.begin(model("rotary"), [one], Settings())
+    drafter.begin(Target(model("rotary"), [prompt], Settings()), [one], Settings())
     for token in output:
         one.output.append(token)
         drafter.observe([one], [Verdict(0, [token], [token])])
@@ -150,7 +151,7 @@ def test_rooms_are_respected_and_drafts_do_not_depend_on_neighbours() -> None:
     target = model("rotary")
     rows = [row([5, 6], [], index=0), row([7], [], index=1)]
     one = ModelDrafter(noisy(target, 0.2), 4)
-    one.begin(target, rows, Settings(temperature=1.0))
+    one.begin(Target(target, [[5, 6], [7]], Settings()), rows, Settings(temperature=1.0))
     together = one.propose(rows, [1, 9])
     assert [len(draft.tokens) for draft in together] == [1, 4]
     rows[0].output.append(3)
@@ -160,7 +161,7 @@ def test_rooms_are_respected_and_drafts_do_not_depend_on_neighbours() -> None:
     assert [len(draft.tokens) for draft in again] == [3, 0]
     single = ModelDrafter(noisy(target, 0.2), 4)
     fresh = [row([5, 6], [], index=0)]
-    single.begin(target, fresh, Settings(temperature=1.0))
+    single.begin(Target(target, [[5, 6]], Settings()), fresh, Settings(temperature=1.0))
     assert single.propose(fresh, [1])[0].tokens == together[0].tokens
     fresh[0].output.append(3)
     single.observe(fresh, [Verdict(0, [3], [3])])

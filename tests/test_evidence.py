@@ -483,7 +483,7 @@ def test_compare_refuses_a_model_of_another_kind_and_a_foreign_draft(models):
 def test_prompts_keep_their_end_and_encoders_read_all(models):
     model = models[0]
     examples = list(Lines().candidates("test"))
-    prompts, shortened = fitted(model, None, examples, 12)
+    prompts, shortened = fitted(model, [], examples, 12)
     for prompt, example in zip(prompts, examples, strict=True):
         tokens = model.tokenizer.encode(example.prompt)
         if len(tokens) <= 52:
@@ -493,11 +493,11 @@ def test_prompts_keep_their_end_and_encoders_read_all(models):
     assert shortened == sum(isinstance(prompt, list) for prompt in prompts)
     assert all(generate(model, [prompt], max_new_tokens=12) for prompt in prompts)
     short = language_model(300, 16, 1, 2, 1, 16, max_length=20)
-    assert max(len(p) for p in fitted(model, short, examples, 12)[0] if isinstance(p, list)) == 8
-    assert fitted(model, None, examples[-1:], 100)[0] == [model.tokenizer.encode(examples[-1].prompt)[-1:]]
+    assert max(len(p) for p in fitted(model, [short], examples, 12)[0] if isinstance(p, list)) == 8
+    assert fitted(model, [], examples[-1:], 100)[0] == [model.tokenizer.encode(examples[-1].prompt)[-1:]]
     reader = translator(300, 16, 1, 1, heads=2, hidden=16, max_length=20, start_token=1)
     reader.tokenizer = model.tokenizer
-    assert fitted(reader, None, examples, 12) == ([example.prompt for example in examples], 0)
+    assert fitted(reader, [], examples, 12) == ([example.prompt for example in examples], 0)
 
 
 def test_a_race_rotates_the_order_and_warms_up_once(models, monkeypatch):
@@ -539,9 +539,9 @@ def test_seconds_of_a_batch_count_once():
 
 def test_judged_drafts_are_those_up_to_the_first_that_fell():
     trace = [
-        Event(0, drafted=[1, 2, 3], accepted=1, emitted=[1, 9]),
-        Event(0, drafted=[4, 5], accepted=2, emitted=[4, 5, 6]),
-        Event(0, drafted=[7, 0, 8], accepted=1, emitted=[7], stop="end"),
+        Event(0, drafted=[1, 2, 3], path=list(range(1)), emitted=[1, 9]),
+        Event(0, drafted=[4, 5], path=list(range(2)), emitted=[4, 5, 6]),
+        Event(0, drafted=[7, 0, 8], path=list(range(1)), emitted=[7], stop="end"),
     ]
     written = [1, 9, 4, 5, 6, 7, 0]
     assert judged(trace, written) == [

@@ -62,13 +62,14 @@ class Watched(Target):
         super().__init__(*arguments)
         Watched.latest = self
         self.taken_back = 0
-        rollback = self.state.rollback
+        settle = self.state.settle
 
-        def counted(lengths: Sequence[int]) -> None:
-            self.taken_back += sum(self.state.lengths) - sum(lengths)
-            rollback(lengths)
+        def counted(paths: Sequence[Sequence[int]]) -> None:
+            before = sum(self.state.lengths)
+            settle(paths)
+            self.taken_back += before - sum(self.state.lengths)
 
-        self.state.rollback = counted  # type: ignore[method-assign]
+        self.state.settle = counted  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -239,8 +240,8 @@ def chances_by_hand(logits: Tensor, history: Sequence[int], asked: dict[str, Any
 class Careless(ModelDrafter):
     """Drafts as if nothing were suppressed."""
 
-    def begin(self, model: Any, rows: Any, settings: Settings) -> None:
-        super().begin(model, rows, Settings(max_new_tokens=settings.max_new_tokens, temperature=1.0))
+    def begin(self, target: Any, rows: Any, settings: Settings) -> None:
+        super().begin(target, rows, Settings(max_new_tokens=settings.max_new_tokens, temperature=1.0))
 
 
 DRAFTERS: dict[str, Callable[[Any], Any]] = {
@@ -261,7 +262,7 @@ def test_suppressing_leaves_every_other_text_its_probability(
     frozen = {key: frozenset(value) if isinstance(value, set) else value for key, value in asked.items()}
     settings = Settings(max_new_tokens=3, **frozen)
     branches = Branches()
-    monkeypatch.setattr(verify, "draw", branches.draw)
+    monkeypatch.setattr("formery.generate.judge.draw", branches.draw)
     monkeypatch.setattr("formery.generate.drafters.draw", branches.draw)
 
     def once() -> tuple[int, ...]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from generation import KINDS, decoder, model, noisy, translator
+from generation import KINDS, decoder, feed, model, noisy, translator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from published import WRITERS, is_pair, saved, sources, tokens
@@ -16,7 +16,7 @@ from torch import Tensor
 import formery
 from formery.generate import Drafter, NoDraft, generate
 from formery.generate.drafters import CopyDrafter, ModelDrafter
-from formery.generate.target import CODED, canonical, feed
+from formery.generate.target import CODED, canonical
 from formery.methods.decoding.parallel.parallel_jacobi_decoding import JacobiDrafter
 from formery.models import Decoder, EncoderDecoder
 from formery.models.quantise import quantise

@@ -4,12 +4,12 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
-from generation import KINDS, Told, model, noisy
+from generation import KINDS, Told, feed, model, noisy
 from torch import Tensor
 
 from formery.generate import Drafter, NoDraft, Settings, draft_and_verify
 from formery.generate.drafters import CopyDrafter, ModelDrafter
-from formery.generate.target import canonical, feed, rounding_bound
+from formery.generate.target import canonical, rounding_bound
 from formery.methods.decoding.parallel.parallel_jacobi_decoding import JacobiDrafter
 from formery.models import Decoder, EncoderDecoder
 from formery.parts import Packing

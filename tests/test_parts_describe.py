@@ -19,6 +19,7 @@ import formery.parts
 from formery.errors import FormeryError
 from formery.models import Decoder, Encoder, Reader
 from formery.models.compose import language_model, translator
+from formery.models.guide import Heads
 from formery.parts import (
     MLP,
     AcrossHeads,
@@ -43,6 +44,7 @@ from formery.parts import (
     Mamba2,
     MaskedOutput,
     MeanPool,
+    Nested,
     Normalised,
     Output,
     Parallel,
@@ -118,6 +120,7 @@ EXAMPLES: dict[str, Callable[[], Described]] = {
     "FirstPlace": FirstPlace,
     "GatedRMSNorm": lambda: GatedRMSNorm(8, 2, 1e-3),
     "GatedMLP": lambda: GatedMLP(8, 12, "gelu", True),
+    "Heads": lambda: Heads(8, 3, 10),
     "Layer": lambda: Layer([PreNorm(RMSNorm(8), MLP(8, 9)), PostNorm(RMSNorm(8), GatedMLP(8, 9))]),
     "LayerNorm": lambda: LayerNorm(8, 1e-3, False),
     "Learned": lambda: Learned(16, 8, 2),
@@ -128,6 +131,7 @@ EXAMPLES: dict[str, Callable[[], Described]] = {
     "Mamba2": lambda: Mamba2(8, 4, 4, 3, 2, 2, True, False, 1e-3, 0.01, 0.5, 16),
     "MaskedOutput": lambda: MaskedOutput(Embedding(11, 8), "gelu", LayerNorm(8)),
     "MeanPool": MeanPool,
+    "Nested": lambda: Nested(GatedMLP(8, 12), [3, 6, 12], 6),
     "Normalised": lambda: Normalised(MeanPool()),
     "Not": lambda: ~causal,
     "Output": lambda: Output(8, 11, True, 30.0),
@@ -150,7 +154,7 @@ EXAMPLES: dict[str, Callable[[], Described]] = {
     "Window": lambda: window(3),
     "YarnScaling": lambda: YarnScaling(4.0, 64, 16.0, 2.0, 1.5, False),
 }
-BASES = {"Part", "Position", "Mask", "Scaling"}  # only ever subclassed
+BASES = {"Part", "Position", "Mask", "Scaling", "Guide", "Attending"}  # only ever subclassed
 MODULES = sorted(name for name in EXAMPLES if isinstance(EXAMPLES[name](), Part))
 DIFFER = set(EXAMPLES) - {"Decoder", "Encoder", "EncoderDecoder"}
 

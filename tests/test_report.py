@@ -51,7 +51,7 @@ def generation(prompt: str, calls: Sequence[tuple[list[int], int, list[int]]]) -
     for number, (drafted, accepted, emitted) in enumerate(calls, 1):
         stop = "length" if number == len(calls) else None
         text = TOKENIZER.decode(emitted)
-        one.add(Event(0, drafted=drafted, accepted=accepted, emitted=emitted, text=text, stop=stop))
+        one.add(Event(0, drafted=drafted, path=list(range(accepted)), emitted=emitted, text=text, stop=stop))
     return one
 
 

@@ -1,13 +1,14 @@
 """Sampling: what a distribution becomes, what is drawn from it, and that drafts leave it as it was."""
 
+import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy
 import pytest
 import torch
-from generation import model, noisy, random_told
+from generation import Told, model, noisy, random_told
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
@@ -20,8 +21,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from formery.generate import Draft, Settings, draft_and_verify, verify
+from formery.generate import Draft, NoDraft, Row, Settings, draft_and_verify
+from formery.generate.draft import stream_of
 from formery.generate.drafters import ModelDrafter
+from formery.generate.guided import drawn
 from formery.generate.run import generate
 from formery.generate.sampler import draw, modified_rejection, penalised, probabilities
 from formery.methods.decoding.parallel.parallel_jacobi_decoding import JacobiDrafter
@@ -121,9 +124,9 @@ def accepting(target: Tensor, draft: Tensor | None, token: int) -> float:
 @pytest.mark.parametrize("seed", range(5))
 def test_one_token_is_distributed_as_the_target(vocabulary: int, seed: int) -> None:
     """Accepted or replaced, a token x comes out with probability target[x], whatever it was drafted from."""
-    random = torch.Generator().manual_seed(seed)
-    target = (2 * torch.randn(vocabulary, generator=random, dtype=torch.float64)).softmax(-1)
-    draft = (2 * torch.randn(vocabulary, generator=random, dtype=torch.float64)).softmax(-1)
+    source_of_chance = torch.Generator().manual_seed(seed)
+    target = (2 * torch.randn(vocabulary, generator=source_of_chance, dtype=torch.float64)).softmax(-1)
+    draft = (2 * torch.randn(vocabulary, generator=source_of_chance, dtype=torch.float64)).softmax(-1)
     draft[seed % vocabulary] = 0
     target[(seed + 1) % vocabulary] = 0
     target, draft = target / target.sum(), draft / draft.sum()
@@ -174,21 +177,59 @@ class Branches:
         return modified_rejection(target, draft, token, 1 - 2**-53)
 
 
+class Bush(NoDraft):
+    """Two guesses after the last token, and one or two after each of them: drawn without replacement, or named."""
+
+    def __init__(self, draft: Told, drawing: bool, second: int = 1):
+        self.draft, self.drawing, self.second = draft, drawing, second
+
+    def begin(self, target: Any, rows: Sequence[Row], settings: Settings) -> None:
+        self.settings, self.random = settings, [stream_of(settings.seed, row.index, "draft") for row in rows]
+
+    def select(self, rows: Sequence[int]) -> None:
+        self.random = [self.random[row] for row in rows]
+
+    def propose(self, rows: Sequence[Row], rooms: Sequence[int]) -> list[Draft]:
+        return [self._bush(row, room, chance) for row, room, chance in zip(rows, rooms, self.random, strict=True)]
+
+    def _bush(self, row: Row, room: int, chance: random.Random) -> Draft:
+        draft = Draft([], [] if self.drawing else None, [])
+        lines: list[tuple[int, list[int]]] = [(-1, [])]
+        for count in (2, self.second)[:room]:
+            after = []
+            for place, written in lines:
+                left = probabilities(self.draft.says((*row.tokens, *written)), row.tokens + written, self.settings)
+                named = [(token, left) for token in left.topk(count).indices.tolist()]
+                for token, drawn_from in drawn(left, count, chance) if self.drawing else named:
+                    draft.tokens.append(token)
+                    draft.parents.append(place)
+                    if draft.probabilities is not None:
+                        draft.probabilities.append(drawn_from)
+                    after.append((len(draft.tokens) - 1, [*written, token]))
+            lines = after
+        return draft
+
+
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
-@pytest.mark.parametrize("drafter", ["model", "named"])
+@pytest.mark.parametrize("drafter", ["model", "named", "tree", "named tree"])
 def test_every_short_text_has_the_targets_probability(
     transform: dict[str, Any], drafter: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Exact: all branches of the real loop over all texts of 3 tokens, with a draft model and with named tokens."""
-    vocabulary = 3 if drafter == "model" else 4
+    """Exact: all branches of the real loop over all texts of 3 tokens, by drafts that are drawn and that are named."""
+    vocabulary = 4 if drafter == "named" else 3
     target, draft = random_told(vocabulary, 1), random_told(vocabulary, 2)
     asked = Settings(max_new_tokens=3, **transform)
     branches = Branches()
-    monkeypatch.setattr(verify, "draw", branches.draw)
-    monkeypatch.setattr("formery.generate.drafters.draw", branches.draw)
+    for module in ("judge", "drafters", "guided"):
+        monkeypatch.setattr(f"formery.generate.{module}.draw", branches.draw)
 
     def once() -> tuple[int, ...]:
-        used = ModelDrafter(draft, 2) if drafter == "model" else JacobiDrafter(block=3)  # type: ignore[arg-type]
+        used: Any = {
+            "model": lambda: ModelDrafter(draft, 2),  # type: ignore[arg-type]
+            "named": lambda: JacobiDrafter(block=3),
+            "tree": lambda: Bush(draft, drawing=True),
+            "named tree": lambda: Bush(draft, drawing=False),
+        }[drafter]()
         events = draft_and_verify(target, [[0]], asked, 0, used, rule=branches.rule)  # type: ignore[arg-type]
         return tuple(token for group in events for token in group[0].emitted)
 
@@ -198,7 +239,7 @@ def test_every_short_text_has_the_targets_probability(
         found[text] += chance  # type: ignore[assignment]
         ways += 1
     if transform == {"temperature": 1.0}:  # a named token leads to each text in one way, a drawn one in several
-        assert ways == 4**3 if drafter == "named" else ways > 3 * 3**3
+        assert ways == vocabulary**3 if "named" in drafter else ways > 3 * 3**3
     wanted: dict[tuple[int, ...], float] = {(): 1.0}
     for _ in range(3):
         wanted = {
@@ -225,11 +266,12 @@ def eager(target: Tensor, draft: Tensor | None, token: int, uniform: float) -> T
     return modified_rejection(target, draft, token, uniform * 0.8)
 
 
-def unlikely(rule: Any, rows: int = 4000) -> float:
+def unlikely(rule: Any, tree: bool = False, rows: int = 4000) -> float:
     """The p-value of a chi-square test of texts of 2 tokens against the target's own distribution."""
     target, draft = model("rotary", vocabulary=6), model("rotary", seed=1, vocabulary=6)
     asked = Settings(max_new_tokens=2, temperature=1.2, seed=5)
-    events = draft_and_verify(target, [[3]] * rows, asked, 0, ModelDrafter(draft, 2), rule=rule)
+    drafter: Any = Bush(random_told(6, 3), drawing=True) if tree else ModelDrafter(draft, 2)
+    events = draft_and_verify(target, [[3]] * rows, asked, 0, drafter, rule=rule)
     texts: dict[int, list[int]] = {row: [] for row in range(rows)}
     for group in events:
         for event in group:
@@ -251,13 +293,26 @@ def p_value(counts: Counter[tuple[int, ...]], prompt: list[int], asked: Settings
     return float(chisquare(seen, wanted * seen.sum() / wanted.sum()).pvalue)
 
 
-def test_samples_pass_the_chi_square_test() -> None:
-    assert unlikely(modified_rejection) > 0.01
+@pytest.mark.parametrize("tree", [False, True])
+def test_samples_pass_the_chi_square_test(tree: bool) -> None:
+    assert unlikely(modified_rejection, tree) > 0.01
 
 
+@pytest.mark.parametrize("tree", [False, True])
 @pytest.mark.parametrize("rule", [always, careless, eager])
-def test_wrong_rules_fail_the_chi_square_test(rule: Any) -> None:
-    assert unlikely(rule) < 1e-6
+def test_wrong_rules_fail_the_chi_square_test(rule: Any, tree: bool) -> None:
+    assert unlikely(rule, tree) < 1e-6
+
+
+def test_siblings_drawn_as_if_with_replacement_fail_the_chi_square_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each sibling must be told with what was left when it was drawn."""
+    whole = drawn
+
+    def forgetful(left: Tensor, count: int, chance: random.Random) -> list[tuple[int, Tensor]]:
+        return [(token, left) for token, _ in whole(left, count, chance)]
+
+    monkeypatch.setitem(globals(), "drawn", forgetful)
+    assert unlikely(modified_rejection, tree=True) < 1e-6
 
 
 @pytest.mark.parametrize(

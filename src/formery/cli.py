@@ -74,7 +74,7 @@ def compare(
     draft: Draft = None,
     methods: Annotated[
         str | None,
-        typer.Option("--methods", metavar="A,B", help="Such as beam,aggressive-decoding:length=4. [default: all]"),
+        typer.Option("--methods", metavar="A,B", help="Such as beam,medusa:width=2, or all-lossless. [default: all]"),
     ] = None,
     input: Input = None,
     limit: Annotated[int, typer.Option("--limit", metavar="N", help="At most so many examples.")] = 20,
@@ -105,7 +105,10 @@ def compare(
         )
     chosen = writing(load(model or named), model or named)
     given = None if input is None else read_prompts(input, lines=chosen.reads_apart, cut=True)
-    names, left_out = every_method(model or named, draft) if methods is None else (split(methods), [])
+    if methods in (None, *ALL):
+        names, left_out = every_method(model or named, draft, lossless=methods == "all-lossless")
+    else:
+        names, left_out = split(str(methods)), []
     with Steps("comparing") as progress:
         comparison = run(
             model or named, named if given is None else given, names, draft=draft, limit=limit,
@@ -113,7 +116,7 @@ def compare(
         )  # fmt: skip
     console(stderr=json_file == "-").print(comparison_table(comparison))
     if left_out:
-        note(f"without {', '.join(left_out)}: no draft model ships for {model or named}; name one with --draft.")
+        note(f"without {', '.join(left_out)}: no draft ships for {model or named}; name one with --draft.")
     if json_file is not None:
         write_json(comparison.to_json(), json_file)
     if html is not None:
@@ -191,7 +194,7 @@ def generate(
     settings["repetition_penalty"] = repetition_penalty
     options |= {name: value for name, value in settings.items() if value is not None}
     if draft is not None and not needs_draft:
-        raise FormeryError(f"{method} takes no draft model: leave --draft out, or add --method speculative-sampling.")
+        raise FormeryError(f"{method} takes no draft: leave --draft out, or add --method speculative-sampling.")
     if needs_draft:
         from formery.evidence.compare import draft_for
 
@@ -373,7 +376,7 @@ def train(
     if list_them:
         from formery.web.table import console, listing
 
-        console().print(listing(("recipe", "what it trains"), [(k, v.DESCRIPTION) for k, v in recipes().items()]))
+        console().print(listing(("recipe", "what it trains"), [(k, v.description) for k, v in recipes().items()]))
         return
     if recipe is None:
         raise FormeryError(f"name a recipe: {', '.join(recipes())}.")
@@ -425,15 +428,24 @@ def how(dtype: str | None, quantize: str | None, compile: bool | None) -> dict[s
     return {name: value for name, value in given.items() if value is not None}
 
 
-def every_method(model: str, draft: str | None) -> tuple[list[str], list[str]]:
-    """All methods and the variants worth comparing; apart, those that lack a model to draft with."""
+def every_method(model: str, draft: str | None, lossless: bool = False) -> tuple[list[str], list[str]]:
+    """All methods, or the lossless ones, and the variants worth comparing; apart, those that lack a draft."""
     from formery.generate import METHODS
-    from formery.models import shipped
+    from formery.models import Guide, guides, load, shipped
 
-    drafts = draft is not None or f"{model}-draft" in shipped()
-    chosen = [method for method in METHODS.values() if drafts or not method.needs_draft]
-    names = [name for one in chosen for name in (one.name, *(f"{one.name}:{each}" for each in one.variants))]
-    return names, [method.name for method in METHODS.values() if method not in chosen]
+    given = None if draft is None else isinstance(load(draft), Guide)
+    known, names, left_out = (*shipped(), *guides()), [], []
+    for one in METHODS.values():
+        if lossless and (not one.lossless or one.defaults.get("temperature")):
+            continue
+        if one.needs_draft and given != one.guided and one.draft_of(model) not in known:
+            left_out.append(one.name)
+        else:
+            names += [one.name, *(f"{one.name}:{each}" for each in one.variants)]
+    return names, left_out
+
+
+ALL = ("all", "all-lossless")
 
 
 def split(methods: str) -> list[str]:

@@ -39,7 +39,7 @@ from formery.generate.method import find
 from formery.generate.prompts import encoded
 from formery.generate.run import never_written
 from formery.generate.target import START, full_length
-from formery.models import Model, load, shipped, writing
+from formery.models import Guide, Model, guides, load, shipped, writing
 from formery.models.inspection import state_bytes
 from formery.parts import Codes
 from formery.parts.native import build
@@ -93,7 +93,7 @@ def advise(
         for number, one in enumerate(best):
             progress(number, len(best), f"running {one.name}")
             sources = [known.source for known in advisor.known]
-            found = measured(one, model, loaded, advisor.draft, sources, advisor.settings.max_new_tokens)
+            found = measured(one, model, loaded, advisor.drafts, sources, advisor.settings.max_new_tokens)
             advice.confirmed.append(Confirmed(one, found))
     return advice
 
@@ -114,10 +114,10 @@ class _Advisor:
         self.name, self.model, self.seconds, self.progress = name, model, seconds, progress
         self.notes: list[str] = []
         self._option = partial(option, name, draft)
-        self.draft = self._draft(draft)
+        self.drafts = self._drafts(draft)
         self.steps, self.done = len(examples) + 4 + len(FORMS), 0
         self._build()
-        prompts, self.shortened = fitted(model, self.draft, examples, max_new_tokens)
+        prompts, self.shortened = fitted(model, [*self.drafts.values()], examples, max_new_tokens)
         self.sources = [encoded(model, prompt, number) for number, prompt in enumerate(prompts, 1)]
         self.settings = Settings(max_new_tokens=max_new_tokens, **never_written(model))  # type: ignore[arg-type]
         self.references = [self._reference(one) for one in examples]
@@ -126,16 +126,23 @@ class _Advisor:
         self.progress(self.done, self.steps, what)
         self.done += 1
 
-    def _draft(self, draft: str | None) -> Model | None:
-        needing = [method.name for method in lossless() if method.needs_draft]
-        if needing and (draft is not None or f"{self.name}-draft" in shipped()):
-            return draft_for(self.name, draft, needing[0])
-        if needing:
+    def _drafts(self, draft: str | None) -> dict[str, Model | Guide]:
+        """What each method drafts with, where there is one."""
+        found, missing = {}, []
+        given = None if draft is None else load(draft)
+        for method in lossless():
+            if method.needs_draft:
+                fits = given is not None and method.guided == isinstance(given, Guide)
+                if fits or method.draft_of(self.name) in (*shipped(), *guides()):
+                    found[method.name] = draft_for(self.name, given if fits else None, method.name)
+                else:
+                    missing.append(method.name)
+        if missing:
             self.notes.append(
-                f"{', '.join(needing)} needs a smaller model with this one's tokenizer, and none ships: name one "
-                "with --draft."
+                f"{', '.join(missing)}: needs a smaller model with this one's tokenizer, or a guide that was trained "
+                "on it, and none ships: name one with --draft."
             )
-        return None
+        return found
 
     def _build(self) -> None:
         self.kernels = True
@@ -212,12 +219,12 @@ class _Advisor:
         """The name of each setting of each lossless method, and what makes its drafter."""
         for method in lossless():
             make = drafter_of(method)
-            if method.needs_draft and self.draft is None:
+            if method.needs_draft and method.name not in self.drafts:
                 continue
             if make is None:
                 self.notes.append(f"{method.name} is no drafter on the shared loop: `formery compare` measures it.")
                 continue
-            own = {"draft": self.draft} if method.needs_draft else {}
+            own = {"draft": self.drafts[method.name]} if method.needs_draft else {}
             for name in settings_of(method):
                 yield name, partial(make, **find(name)[1], **own)
 

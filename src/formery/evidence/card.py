@@ -1,5 +1,7 @@
 """A finished training becomes a model to ship: its weights, and a card of what it is and what was measured."""
 
+import hashlib
+import inspect
 import json
 import platform
 import shutil
@@ -9,16 +11,20 @@ from typing import Any
 
 import torch
 
+from formery.data.sources import cache
 from formery.data.works import Example, Work
 from formery.data.works import work as work_named
-from formery.errors import FormeryError
+from formery.errors import FormeryError, unknown
+from formery.evidence.race import fitted
 from formery.files import atomic_write
 from formery.generate import generate
-from formery.models import Model, load, save
+from formery.models import Guide, Model, load, save
+from formery.models.checkpoint import guides, locate, shipped
 from formery.train import load_weights
-from formery.train.recipe import Trained, run_recipe
+from formery.train.recipe import Trained, recipes, run_recipe
 
 Results = dict[str, float | str]
+GUESSED = 100  # examples of the test split on which a guide is tried
 EXAMPLES = 200  # of the test split, where a decoder continues them
 
 
@@ -38,13 +44,31 @@ def ship(name: str, trained: Trained, out: Path) -> Path:
     load_weights(trained.model, trained.result.best_weights)
     folder = out / "model"
     save(trained.model, folder, torch.float16)
-    results = measured(trained, folder)
+    results = guessed(name, trained, folder) if isinstance(trained.model, Guide) else measured(trained, folder)
     shutil.copyfile(out / "curve.png", folder / "curve.png")
     with atomic_write(folder / "results.json") as path:
         path.write_text(json.dumps(results, indent=1) + "\n")
     with atomic_write(folder / "README.md") as path:
         path.write_text(card(name, trained, results))
     return folder
+
+
+def trained(name: str) -> Path:
+    """The folder of what a recipe makes: where it does not ship, it is trained into the cache, once, resumably.
+
+    What lies in the cache counts as long as the file that defines the recipe is the same.
+    """
+    if name in (*shipped(), *guides()):
+        return locate(name)
+    known = recipes()
+    if name not in known:
+        raise unknown("recipe", name, known)
+    source = inspect.getsourcefile(inspect.unwrap(known[name].run))
+    assert source is not None
+    out = cache() / "trained" / f"{name}-{hashlib.sha256(Path(source).read_bytes()).hexdigest()[:16]}"
+    if not (out / "model" / "README.md").exists():
+        train_and_ship(name, out, None, resume=out.exists())
+    return out / "model"
 
 
 def measured(trained: Trained, folder: Path) -> Results:
@@ -65,6 +89,22 @@ def measured(trained: Trained, folder: Path) -> Results:
     return results | {f"greedy on {len(examples)} examples: {key}": value for key, value in found.items()}
 
 
+def guessed(name: str, trained: Trained, folder: Path) -> Results:
+    """How good the stored guide's guesses are: target calls for each token, and how often each depth stands."""
+    model, guide, method = load(trained.work), load(folder), name.rpartition("/")[2]
+    prompts, _ = fitted(model, [], work_named(trained.work).examples("test", GUESSED), 64)
+    outputs = generate(model, prompts, method, batch=10, max_new_tokens=64, draft=guide)
+    events = [event for one in outputs for event in one.trace]
+    about = f"{len(outputs)} examples, at most 64 tokens"
+    results: Results = {f"target calls for each token ({about})": len(events) / sum(len(one.tokens) for one in outputs)}
+    for depth in range(max(event.depth for event in events)):
+        reached = [event for event in events if event.depth > depth and event.accepted >= depth]
+        if reached:
+            stood = sum(event.accepted > depth for event in reached)
+            results[f"guesses at depth {depth + 1} that stand, of those reached"] = stood / len(reached)
+    return results
+
+
 def scores(model: Model, work: Work[Any], examples: Sequence[Example], method: str) -> Results:
     """The work's quality of a method's outputs."""
     most = 96 if model.reads_apart else 48
@@ -77,26 +117,30 @@ def scores(model: Model, work: Work[Any], examples: Sequence[Example], method: s
 def card(name: str, trained: Trained, results: Results) -> str:
     """The model card, as Markdown."""
     model, result, plans = trained.model, trained.result, trained.plans
+    guide = isinstance(model, Guide)
     work = work_named(trained.work)
     seeds = " and ".join(str(plan.seed) for plan in plans)
     versions = f"Python {platform.python_version()}, PyTorch {torch.__version__.split('+')[0]}"
     best = ", ".join(f"{key} {value:.4g}" for key, value in result.best_scores.items())
+    takes = f"at most {getattr(model, 'max_length', None)} tokens; vocabulary of {model.vocabulary:,} byte pairs."
+    data = f"the train split of the work `{work.name}`"
     facts = {
         "Parameters": f"{model.parameter_count():,}, stored in 16 bits, computed in 32.",
-        "Takes": f"at most {model.max_length} tokens; vocabulary of {model.vocabulary:,} byte pairs.",
-        "Data": f"the train split of the work `{work.name}`. Licence of the text: {trained.licence}.",
+        **({"For": f"the model `{work.name}` alone, whose last vectors it reads."} if guide else {"Takes": takes}),
+        "Data": f"{f'what that model writes, greedily, on {data}' if guide else data}. Licence of the text: "
+        f"{trained.licence}.",
         "Recipe": f"`formery train {name}`: {trained.steps:,} steps in {plans[0].precision}, "
         f"seed {seeds}, {result.seconds / 60:.0f} minutes; {versions}.",
         "Kept": f"the weights of step {result.best_step:,}, the best on the validation split ({best}).",
     }
     lines = [
         f"# {name}",
-        f"{work.description[0].upper()}{work.description[1:]}.",
+        f"A guide: by it the method `{name.rpartition('/')[2]}` drafts for the model `{work.name}`."
+        if guide
+        else f"{work.description[0].upper()}{work.description[1:]}.",
         "\n".join(f"- **{key}**: {value}" for key, value in facts.items()),
         "## Results on the test split",
-        "\n".join(
-            ["| measure | value |", "|---|---|", *(f"| {k} | {shown(v)} |" for k, v in results.items())]
-        ),
+        "\n".join(["| measure | value |", "|---|---|", *(f"| {k} | {shown(v)} |" for k, v in results.items())]),
         "![Loss over the steps](curve.png)",
         "## What it is made of",
         "\n".join(f"    {line}" for line in str(model).splitlines()),

@@ -11,11 +11,13 @@ from typing import Any
 
 from formery.data.base import Example
 from formery.data.works import work as work_named
+from formery.evidence.card import trained
 from formery.evidence.measured import Budget, Row, spread
 from formery.evidence.race import Entrant, Laps, fitted, identical, race, seconds_in_calls, speedups
 from formery.evidence.verdict import Criterion, Relation
 from formery.generate.method import find
 from formery.models import Model, load
+from formery.train.recipe import recipes
 
 WORKS = ("code", "translate")
 BATCHES = (1, 8)
@@ -28,11 +30,13 @@ class Setting:
     """A method with its options ("speculative-sampling:length=4"), and a temperature, its baseline's too.
 
     extra: further numbers from what was written: (model, draft, prompts, laps, temperature) -> name: value.
+    model: the recipe of another model than the work's shipped one ("code/layerskip"), its baseline's too.
     """
 
     method: str
     temperature: float = 0.0
     extra: Extra | None = None
+    model: str | None = None
 
     @property
     def baseline(self) -> str:
@@ -40,7 +44,8 @@ class Setting:
 
     @property
     def label(self) -> str:
-        return f"{self.method} at temperature {self.temperature:g}" if self.temperature else self.method
+        at = f" at temperature {self.temperature:g}" if self.temperature else ""
+        return f"{self.method}{at}" + (f" on {self.model}" if self.model else "")
 
 
 @dataclass(frozen=True)
@@ -73,9 +78,10 @@ def survey(
 
 def unit(budget: Budget, work: str, batch: int, setting: Setting, seed: int) -> dict[str, Any]:
     """One setting against its baseline on one work, in batches of one size, with one seed."""
-    model = model_named(work)
-    draft = model_named(f"{work}-draft") if find(setting.method)[0].needs_draft else None
-    prompts, _ = fitted(model, draft, examples(work, budget.examples, seed), budget.max_new_tokens)
+    model = model_named(setting.model or work)
+    method = find(setting.method)[0]
+    draft = model_named(method.draft_of(work)) if method.needs_draft else None
+    prompts, _ = fitted(model, [draft], examples(work, budget.examples, seed), budget.max_new_tokens)
     entrants = [Entrant(setting.baseline), Entrant(setting.method, {} if draft is None else {"draft": draft})]
     common = {"max_new_tokens": budget.max_new_tokens, "seed": seed, "temperature": setting.temperature}
     baseline, laps = race(model, prompts, entrants, budget.rounds, batch, common)
@@ -103,9 +109,9 @@ def counts(laps: Laps, batch: int) -> dict[str, float]:
 
 
 @cache
-def model_named(name: str) -> Model:
-    """The shipped model of that name, loaded once."""
-    return load(name)
+def model_named(name: str) -> Any:
+    """The model, or guide, that ships under that name or that a recipe of that name makes, loaded once."""
+    return load(trained(name) if name in recipes() else name)
 
 
 @cache

@@ -13,7 +13,7 @@ from formery.evidence.measured import Progress, quiet
 from formery.evidence.race import Entrant, Laps, fitted, identical, race, speedups
 from formery.generate import Generation
 from formery.generate.method import find
-from formery.models import Model, load, shipped
+from formery.models import Guide, Model, guides, load, shipped
 
 BASELINE = "greedy"
 
@@ -103,14 +103,13 @@ def compare(
             raise FormeryError(f"a comparison needs at least 1 of its {what}, not {value}.")
     label = model if isinstance(model, str) else _described(model)
     names = list(dict.fromkeys([BASELINE, *methods]))
-    drafted = [name for name in names if find(name)[0].needs_draft]
     known = work_named(work) if isinstance(work, str) else work if isinstance(work, Work) else None
     model = load(model) if isinstance(model, str) else model
     examples = _examples(model, known, work, limit, seed)
-    given = draft_for(label, draft, drafted[0]) if drafted else None
+    drafts = drafts_for(label, draft, names)
 
-    prompts, shortened = fitted(model, given, examples, max_new_tokens)
-    entrants = [Entrant(name, {"draft": given} if name in drafted else {}) for name in names]
+    prompts, shortened = fitted(model, list(drafts.values()), examples, max_new_tokens)
+    entrants = [Entrant(name, {"draft": drafts[name]} if name in drafts else {}) for name in names]
     settings = {"max_new_tokens": max_new_tokens, "seed": seed}
     laps = race(model, prompts, entrants, rounds, batch, settings, progress)
     runs = dict(zip(names, laps, strict=True))
@@ -128,16 +127,33 @@ def compare(
     )
 
 
-def draft_for(model: str, draft: Model | str | None, method: str) -> Model:
-    """The draft model: the given one, or the one that ships with the shipped model of that name."""
+def drafts_for(model: str, draft: Model | Guide | str | None, names: Sequence[str]) -> dict[str, Model | Guide]:
+    """What each method that needs one drafts with: the given draft where it is of the method's kind, or the shipped."""
+    given = load(draft) if isinstance(draft, str) else draft
+    found = {}
+    for name in names:
+        method = find(name)[0]
+        if method.needs_draft:
+            fits = given is not None and method.guided == isinstance(given, Guide)
+            found[name] = draft_for(model, given if fits else None, name)
+    return found
+
+
+def draft_for(model: str, draft: Model | Guide | str | None, name: str) -> Model | Guide:
+    """What a method drafts with: the given draft, or the one that ships with the shipped model of that name."""
+    method = find(name)[0]
     if draft is None:
-        draft = f"{model}-draft"
-        if draft not in shipped():
+        draft = method.draft_of(model)
+        if draft not in (*shipped(), *guides()):
             raise FormeryError(
-                f"{method} needs a smaller model to draft with, and none ships for {model}; "
+                f"{method.name} drafts with a guide that is trained on the model, and none ships for {model}; "
+                "train one, and name it as the draft."
+                if method.guided
+                else f"{method.name} needs a smaller model to draft with, and none ships for {model}; "
                 "give one with the same tokenizer as the draft."
             )
-    return load(draft) if isinstance(draft, str) else draft
+    drafting: Model | Guide = load(draft) if isinstance(draft, str) else draft
+    return drafting
 
 
 def _examples(model: Model, known: Work[Any] | None, given: Any, limit: int, seed: int) -> list[Example]:

@@ -5,7 +5,7 @@ import random
 import shlex
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import cycle, islice
 from statistics import mean, median
@@ -17,7 +17,7 @@ from formery.evidence.race import Laps
 from formery.evidence.replay import Known, Quality, Replay, steady
 from formery.generate import generate
 from formery.generate.method import find
-from formery.models import Model, Source, load
+from formery.models import Guide, Model, Source, load
 
 WORTH = 1.05  # a factor whose lower end is not above this is none
 DRAWS = 200
@@ -177,7 +177,7 @@ def option(model: str, draft: str | None, kind: Kind, name: str, gained: Factor,
     words += ["--draft", draft] if found.needs_draft and draft is not None else []
     loading = ", ".join([repr(model), *(f"{key}={value!r}" for key, value in load.items())])
     given = [f"formery.load({loading})", "prompts", *([] if method == "greedy" else [repr(found.name)])]
-    given += [f"draft=formery.load({draft or model + '-draft'!r})"] if found.needs_draft else []
+    given += [f"draft=formery.load({draft or found.draft_of(model)!r})"] if found.needs_draft else []
     given += [f"{key}={value!r}" for key, value in named.items()]
     given += [f"batch={batch}"] if batch > 1 else []
     # There is no command for a batch.
@@ -204,12 +204,18 @@ def mean_error(confirmed: Sequence[Confirmed]) -> float:
 
 
 def measured(
-    chosen: Option, name: str, model: Model, draft: Model | None, sources: Sequence[Source], max_new_tokens: int
+    chosen: Option,
+    name: str,
+    model: Model,
+    drafts: Mapping[str, Model | Guide],
+    sources: Sequence[Source],
+    max_new_tokens: int,
 ) -> Factor:
     """Runs an option on the prompts, in turn with decoding them one after the other, token by token."""
     other = load(name, **chosen.load) if chosen.load else model
     prompts = list(islice(cycle(sources), chosen.batch)) if chosen.batch > 1 else list(sources)
-    own: dict[str, Any] = {"draft": draft} if find(chosen.method)[0].needs_draft else {}
+    method = find(chosen.method)[0]
+    own: dict[str, Any] = {"draft": drafts[method.name]} if method.needs_draft else {}
 
     def rate(plain: bool, some: Sequence[Source]) -> float:
         began = time.perf_counter()

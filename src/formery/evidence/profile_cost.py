@@ -14,9 +14,9 @@ import torch
 from formery.evidence.replay import Known
 from formery.generate import Draft, NoDraft, Row, Settings, draft_and_verify
 from formery.generate.draft import stream_of
+from formery.generate.judge import Judge
 from formery.generate.sampler import modified_rejection
 from formery.generate.target import Target
-from formery.generate.verify import Judge
 from formery.models import EncoderDecoder, Model, Source
 from formery.parts import CrossAttention, Embedding
 from formery.parts.experts import Experts

@@ -8,7 +8,7 @@ from typing import Any
 from formery.data.base import Example
 from formery.evidence.measured import Progress, quiet
 from formery.generate import Generation, generate
-from formery.models import Model
+from formery.models import Guide, Model
 
 
 @dataclass(frozen=True)
@@ -110,13 +110,14 @@ def shortened(tokens: list[int], room: int, begin: int | None) -> list[int]:
 
 
 def fitted(
-    model: Model, draft: Model | None, examples: Sequence[Example], max_new_tokens: int
+    model: Model, drafts: Sequence[Model | Guide | None], examples: Sequence[Example], max_new_tokens: int
 ) -> tuple[list[str | list[int]], int]:
     """The prompts, and how many of them lost their beginning so that they and the new tokens fit the model.
 
     A text that an encoder reads is left whole.
     """
-    lengths = [one.max_length for one in (model, draft) if one is not None and one.max_length is not None]
+    models = [model, *(one for one in drafts if one is not None and not isinstance(one, Guide))]
+    lengths = [one.max_length for one in models if one.max_length is not None]
     if model.reads_apart or model.tokenizer is None or not lengths:
         return [example.prompt for example in examples], 0
     room = max(1, min(lengths) - max_new_tokens)

@@ -10,8 +10,7 @@ import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
-from itertools import takewhile
+from functools import cached_property
 from statistics import median
 
 import torch
@@ -21,10 +20,10 @@ from torch.nn.functional import cross_entropy
 
 from formery.generate import METHODS, Draft, Drafter, Method, NoDraft, Row, Settings, Verdict, draft_and_verify
 from formery.generate.draft import stream_of
+from formery.generate.judge import Judge
 from formery.generate.plain import GREEDY
 from formery.generate.sampler import modified_rejection
 from formery.generate.target import Target, full_length
-from formery.generate.verify import Judge
 from formery.models import Model, Source
 
 # Options that say how long a draft is, and the lengths that are tried.
@@ -75,7 +74,7 @@ class _Listener(NoDraft):
     def __init__(self) -> None:
         self.decided: list[int] = []
 
-    def begin(self, model: Model, rows: Sequence[Row], settings: Settings) -> None:
+    def begin(self, target: Target, rows: Sequence[Row], settings: Settings) -> None:
         self.prefix = rows[0].prefix
 
     def observe(self, rows: Sequence[Row], verdicts: Sequence[Verdict]) -> None:
@@ -141,8 +140,9 @@ class Replay:
 class _Hindsight(Verdict):
     """A verdict read off the known text; the target is asked only when its other choices are looked at."""
 
-    def __init__(self, accepted: int, emitted: list[int], ask: Callable[[], list[int]]) -> None:
-        self.accepted, self.emitted, self.guarded, self._ask = accepted, emitted, 0, ask
+    def __init__(self, path: list[int], emitted: list[int], ask: Callable[[], list[int]], hidden: Tensor) -> None:
+        self.accepted, self.path, self.emitted, self.guarded, self._ask = len(path), path, emitted, 0, ask
+        self.hidden = hidden
 
     @cached_property
     def choices(self) -> list[int]:  # type: ignore[override]
@@ -154,21 +154,22 @@ class _Oracle:
 
     def __init__(self, model: Model, known: Known, settings: Settings) -> None:
         self.model, self.known, self.settings = model, known, settings
-        self.target: Target | None = None
+        self.target = Target(self.model, [self.known.source], self.settings)
+        self.judge = Judge(self.model, self.settings, modified_rejection, not self.target.state.exact)
+        self.asked = False
         self.seconds = 0.0
 
-    def choices(self, before: int, draft: Draft) -> list[int]:
-        """Its likeliest token after the pending one and each drafted one, where `before` tokens are written."""
-        began = time.perf_counter()
-        if self.target is None:
-            self.target = Target(self.model, [self.known.source], self.settings)
-            self.judge = Judge(self.model, self.settings, modified_rejection, not self.target.state.exact)
+    def verdict(self, before: int, draft: Draft) -> Verdict:
+        """The target's own, where `before` tokens are written; its state then holds what stands."""
+        began, self.asked = time.perf_counter(), True
         row, state = self.known.row(self.model, before), self.target.state
-        logits = self.target.feed([[*row.tokens[state.lengths[0] :], *draft.tokens]])
-        [verdict] = self.judge([row], [draft], logits[:, -1 - len(draft.tokens) :])
-        state.rollback([len(row.tokens) + verdict.accepted])
+        if len(unread := row.tokens[state.lengths[0] : -1]):
+            self.target.feed([unread])
+        logits = self.target.feed([[row.tokens[-1], *draft.tokens]], [draft])
+        [verdict] = self.judge([row], [draft], logits)
+        state.settle([[0, *(place + 1 for place in verdict.path)]])
         self.seconds += time.perf_counter() - began
-        return verdict.choices
+        return verdict
 
 
 @torch.inference_mode()
@@ -178,32 +179,57 @@ def replay(
     """Lets the drafter guess at a text that is known; calls and acceptance are those of a real decoding.
 
     call: makes a target call of so many tokens, and times it. A drafter that is a model itself and the target push each
-    other out of the processor's caches, so that neither takes as long as alone.
+    other out of the processor's caches, so that neither takes as long as alone. A drafter that drafts inside of the
+    target's own state has it called at every step.
     """
     done, row, oracle = Replay(), known.row(model), _Oracle(model, known, settings)
-    room = full_length(model, len(known.prefix), settings)
+    room, hidden = full_length(model, len(known.prefix), settings), _vectors(model, known)
+    inside = getattr(drafter, "inside", False)
     began = time.perf_counter()
-    drafter.begin(model, [row], settings)
+    drafter.begin(oracle.target, [row], settings)
     done.begin = time.perf_counter() - began
     while True:
         before, began = len(row.output), time.perf_counter()
         [draft] = drafter.propose([row], [room - before - 1])
         done.drafting += time.perf_counter() - began
         ahead = known.decided[before:]
-        pairs = zip(draft.tokens, ahead, strict=False)
-        accepted = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-        row.output += ahead[: accepted + 1][: known.written - before]
+        path = _stands(draft, ahead)
+        asking = oracle.seconds
+        if inside:
+            oracle.verdict(before, draft)
+            done.called.append(oracle.seconds - asking)
+        row.output += ahead[: len(path) + 1][: known.written - before]
         done.widths.append(1 + len(draft.tokens))
-        done.called += [] if call is None else [call(done.widths[-1])]
+        done.called += [] if call is None or inside else [call(done.widths[-1])]
         done.drafted += len(draft.tokens)
-        done.accepted += min(accepted, len(row.output) - before)
-        verdict = _Hindsight(accepted, ahead[: accepted + 1], partial(oracle.choices, before, draft))
+        done.accepted += min(len(path), len(row.output) - before)
+        at = len(known.prefix) - 1 + before
+        seen = hidden[at : at + len(path) + 1]
+        verdict = _Hindsight(path, ahead[: len(path) + 1], lambda: oracle.verdict(before, draft).choices, seen)  # noqa: B023
         began, asking = time.perf_counter(), oracle.seconds
         drafter.observe([row], [verdict])
         done.drafting += time.perf_counter() - began - (oracle.seconds - asking)
-        if before + accepted + 1 >= len(known.decided):
-            done.asked = oracle.target is not None
+        if before + len(path) + 1 >= len(known.decided):
+            done.asked = oracle.asked
             return done
+
+
+def _stands(draft: Draft, ahead: Sequence[int]) -> list[int]:
+    """The places of the guesses that are what comes."""
+    path: list[int] = []
+    for token in ahead:
+        place = next((one for one in draft.children(path[-1] if path else -1) if draft.tokens[one] == token), None)
+        if place is None:
+            break
+        path.append(place)
+    return path
+
+
+def _vectors(model: Model, known: Known) -> Float[Tensor, "time width"]:
+    """The target's last vectors at each token of the prefix and of what was decided."""
+    tokens = [*known.prefix, *known.decided][: model.max_length]
+    state, _ = model.begin([known.source], len(tokens))
+    return model.read(torch.tensor([tokens]), state)[0]
 
 
 def drafter_of(method: Method) -> Callable[..., Drafter] | None:

@@ -25,8 +25,8 @@ class ModelDrafter:
             raise FormeryError(f"a draft must be at least 1 token long, not {length}.")
         self.draft, self.length = draft, length
 
-    def begin(self, model: Model, rows: Sequence[Row], settings: Settings) -> None:
-        check_vocabulary(model, self.draft)
+    def begin(self, target: Target, rows: Sequence[Row], settings: Settings) -> None:
+        check_vocabulary(target.model, self.draft)
         self.settings = settings
         self.target = Target(self.draft, [row.source for row in rows], settings)
         self.random = [stream_of(settings.seed, row.index, "draft") for row in rows]
@@ -91,7 +91,7 @@ class CopyDrafter:
         self.length, self.longest, self.shortest = length, longest, shortest
         self.unique, self.aligned = unique, aligned
 
-    def begin(self, model: Model, rows: Sequence[Row], settings: Settings) -> None:
+    def begin(self, target: Target, rows: Sequence[Row], settings: Settings) -> None:
         self.places = [Places(self.shortest, self.longest, row.prompt, row.apart) for row in rows]
 
     def propose(self, rows: Sequence[Row], rooms: Sequence[int]) -> list[Draft]:

@@ -2,18 +2,20 @@
 
 import importlib
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 from torch.nn import Module
 
 from formery.errors import FormeryError, unknown
-from formery.generate.draft import Drafter
+from formery.generate.draft import Drafter, NoDraft
+from formery.generate.judge import Relaxed
 from formery.generate.settings import Settings
 from formery.generate.verify import Decoding, Event, draft_and_verify
-from formery.models import Model, Source
+from formery.models import Guide, Model, Source
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Method:
     lossless: greedy gives the very tokens of plain greedy, sampling the target's very distribution.
     make: makes the decoding from the method's own options, which are its keyword parameters.
     defaults: settings that it starts from. variants: option texts worth comparing ("form=plain").
-    paper: the slug of the paper it comes from, if it has one here.
+    paper: the slug of the paper it comes from, if it has one here. module: where it is registered, by `register`.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Method:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     variants: tuple[str, ...] = ()
     paper: str | None = None
+    module: str = ""
 
     @property
     def options(self) -> dict[str, inspect.Parameter]:
@@ -41,8 +44,17 @@ class Method:
 
     @property
     def needs_draft(self) -> bool:
-        """Whether it needs a second, smaller model."""
+        """Whether it needs a second, smaller model, or a guide."""
         return "draft" in self.options
+
+    @property
+    def guided(self) -> bool:
+        """Whether that is a guide, which is trained for this method and one model."""
+        return self.needs_draft and self.options["draft"].annotation is Guide
+
+    def draft_of(self, model: str) -> str:
+        """The name of the draft, or guide, that ships with the shipped model of that name, if one does."""
+        return f"{model}/{self.name}" if self.guided else f"{model}-draft"
 
 
 METHODS: dict[str, Method] = {}
@@ -52,21 +64,35 @@ def register(method: Method) -> Method:
     """Makes a method known by its name."""
     if METHODS.get(method.name, method).make is not method.make:
         raise ValueError(f"two methods are named {method.name}")
+    if not method.module:
+        method = replace(method, module=sys._getframe(1).f_globals["__name__"])
     METHODS[method.name] = method
     return method
 
 
-def drafting(drafter: Callable[..., Drafter]) -> Callable[..., Decoding]:
-    """The decoding that a drafter makes of the shared loop; its options are the drafter's."""
+def drafting(drafter: Callable[..., Drafter], relaxed: Callable[..., Relaxed] | None = None) -> Callable[..., Decoding]:
+    """The decoding that a drafter makes of the shared loop; its options are the drafter's, and `adapt`.
+
+    relaxed: makes a lossy acceptance from options of its own, which are the decoding's too.
+    """
+    own = dict(inspect.signature(drafter).parameters)
+    lossy = {} if relaxed is None else dict(inspect.signature(relaxed).parameters)
+    adapting = inspect.Parameter("adapt", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=bool)
 
     def make(**options: Any) -> Decoding:
-        def decode(model: Model, prompts: Sequence[Source], settings: Settings, first: int) -> Iterator[list[Event]]:
-            return draft_and_verify(model, prompts, settings, first, drafter(**options))
+        adapt = options.pop("adapt", False)
+        given = {name: value for name, value in options.items() if name in own}
+        accepts = None if relaxed is None else relaxed(**{k: v for k, v in options.items() if k in lossy})
 
-        drafter(**options)  # complains of bad options before any work
+        def decode(model: Model, prompts: Sequence[Source], settings: Settings, first: int) -> Iterator[list[Event]]:
+            return draft_and_verify(model, prompts, settings, first, drafter(**given), relaxed=accepts, adapt=adapt)
+
+        drafter(**given)  # complains of bad options before any work
         return decode
 
-    make.__signature__ = inspect.signature(drafter)  # type: ignore[attr-defined]
+    known = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in (own | lossy).values()]
+    extra = [] if drafter is NoDraft else [adapting]
+    make.__signature__ = inspect.Signature([*known, *extra])  # type: ignore[attr-defined]
     return make
 
 
@@ -103,7 +129,9 @@ def _value(text: str) -> Any:
 
 def _fits(value: Any, kind: Any) -> bool:
     if kind == Model:
-        return isinstance(value, Module)
+        return isinstance(value, Module) and not isinstance(value, Guide)
+    if kind is Guide:
+        return isinstance(value, Guide)
     if kind not in (bool, int, float, str):
         return True
     return isinstance(value, kind) or (kind is float and isinstance(value, int))
@@ -118,6 +146,6 @@ def bound(method: Method, options: Mapping[str, Any]) -> Decoding:
         if parameter.default is inspect.Parameter.empty and options.get(key) is None:
             raise FormeryError(f"{method.name} needs the option {key!r}.")
         if key in options and not _fits(options[key], parameter.annotation):
-            kind = getattr(parameter.annotation, "__name__", "model")
+            kind = getattr(parameter.annotation, "__name__", "model").lower()
             raise FormeryError(f"the option {key!r} of {method.name} must be of kind {kind}, not {options[key]!r}.")
     return partial(method.make, **options)()

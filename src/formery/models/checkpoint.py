@@ -7,6 +7,7 @@ A checkpoint is untrusted. The description can name registered parts only; the m
 first, and every tensor's name, shape and type is compared with the file's header before anything is allocated.
 """
 
+import importlib
 import json
 import os
 from pathlib import Path
@@ -25,6 +26,7 @@ from formery.models.decoder import Decoder
 from formery.models.encoder import Encoder, Reader
 from formery.models.encoder_decoder import EncoderDecoder
 from formery.models.filling import Group, fill
+from formery.models.guide import Guide
 from formery.models.quantise import Quantise, quantise
 from formery.models.weights import PICKLES, WEIGHTS, shapes
 from formery.parts import Codes, Part, build
@@ -41,12 +43,17 @@ def shipped() -> list[str]:
     return sorted(path.parent.name for path in SHIPPED.glob(f"*/{DESCRIPTION}"))
 
 
+def guides() -> list[str]:
+    """The names of the guides that come with the package: the model's, a slash, and the method's."""
+    return sorted(path.parent.relative_to(SHIPPED).as_posix() for path in SHIPPED.glob(f"*/*/{DESCRIPTION}"))
+
+
 def locate(path: str | Path, revision: str | None = None) -> Path:
     """The folder (or llama2.c file) of a checkpoint, given by its path, a shipped model's name, or an id on the hub.
 
     revision: of the hub's repository; "owner/name@revision" says it too. Raises FormeryError where there is nothing.
     """
-    if str(path) in shipped():
+    if str(path) in (*shipped(), *guides()):
         return SHIPPED / str(path)
     folder = Path(path)
     # os.path's own tests say no, where pathlib's raise, to a name that no file can have.
@@ -73,7 +80,7 @@ def locate(path: str | Path, revision: str | None = None) -> Path:
     )
 
 
-def save(model: Model | Reader, path: str | Path, dtype: torch.dtype | None = None) -> None:
+def save(model: Model | Reader | Guide, path: str | Path, dtype: torch.dtype | None = None) -> None:
     """Writes `model` to the folder `path`, whole or not at all, in the place of a checkpoint that is there.
 
     dtype: of the stored weights, as they are unless given. Raises FormeryError where `path` holds anything else
@@ -118,11 +125,12 @@ def load(
 ) -> Any:
     """The model in a folder, of an id on the hub, or the shipped model of that name, ready to be used.
 
-    A Decoder, an EncoderDecoder or a Reader. dtype: of the loaded weights ("bfloat16" names one too); None leaves them
-    as stored, and then they stay in the mapped file. revision: of the hub's repository. quantize: "int8" or "int4"
-    makes the weights codes of so many bits (not exact). compile: True has the fast kernels built if they are not yet,
-    "auto" uses them where that pays, False never. Raises FormeryError, saying what is wrong and where, for a missing,
-    truncated or foreign file, an unknown part or architecture, and a tensor that is missing, extra or misshapen.
+    A Decoder, an EncoderDecoder, a Reader or a Guide. dtype: of the loaded weights ("bfloat16" names one too); None
+    leaves them as stored, and then they stay in the mapped file. revision: of the hub's repository. quantize: "int8" or
+    "int4" makes the weights codes of so many bits (not exact). compile: True has the fast kernels built if they are not
+    yet, "auto" uses them where that pays, False never. Raises FormeryError, saying what is wrong and where, for a
+    missing, truncated or foreign file, an unknown part or architecture, and a tensor that is missing, extra or
+    misshapen.
     """
     mode, kind = checked(compile), weights.named_dtype(dtype) if isinstance(dtype, str) else dtype
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
@@ -186,13 +194,15 @@ def described(folder: Path) -> Any:
         raise FormeryError(f"{path} is not readable JSON ({error}).") from error
     if not isinstance(data, dict) or data.get("formery") != 1 or "model" not in data:
         raise FormeryError(f"{path} is no description of version 1.")
+    if folder.parent.parent == SHIPPED:
+        importlib.import_module("formery.methods").discover()  # papers lie above this room, and guides are theirs
     try:
         with torch.device("meta"):
             model = build(data["model"])
         conventions = Conventions.from_json(data.get("conventions", {}))
     except FormeryError as error:
         raise FormeryError(f"{path}: {error}") from error
-    if not isinstance(model, Decoder | EncoderDecoder | Reader):
+    if not isinstance(model, Decoder | EncoderDecoder | Reader | Guide):
         raise FormeryError(f"{path} describes a {type(model).__name__}, which is no whole model.")
     model.conventions = conventions
     preprocessor = data.get("preprocessor")

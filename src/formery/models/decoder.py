@@ -87,8 +87,13 @@ class Decoder(Part):
         self._check_length(time if even else int(positions.max()) + 1)
         return self._run(tokens, context)
 
-    def begin(self, prompts: Sequence[Sequence[int] | Tensor], capacity: int) -> tuple[State, list[list[int]]]:
-        """An empty state for these prompts, and the tokens that each row has still to read: its prompt."""
+    def begin(
+        self, prompts: Sequence[Sequence[int] | Tensor], capacity: int, keep: bool = False
+    ) -> tuple[State, list[list[int]]]:
+        """An empty state for these prompts, and the tokens that each row has still to read: its prompt.
+
+        keep: what is left of an encoder; there is none here.
+        """
         for prompt in prompts:
             if len(prompt) == 0:
                 raise FormeryError("a prompt is empty: this model continues a text, so give it at least one token.")
@@ -141,7 +146,17 @@ class Decoder(Part):
         visible: Bool[Tensor, "batch time slot"] | None = None,
     ) -> Float[Tensor, "batch time width"]:
         """As `step`, but stops before the output: the last layer's normed vectors."""
-        slots, time = state.slots, tokens.shape[1]
+        return self._run(tokens, self.context(tokens.shape[1], state, positions, visible))
+
+    def context(
+        self,
+        time: int,
+        state: State,
+        positions: Int[Tensor, "batch time"] | None = None,
+        visible: Bool[Tensor, "batch time slot"] | None = None,
+    ) -> Context:
+        """What a pass over the next `time` tokens of each row knows; they have then their slots in `state`."""
+        slots = state.slots
         self._check_length(max(slots.lengths) + time if positions is None else int(positions.max()) + 1)
         state.reserve(time)
         even = positions is None and slots.even
@@ -149,7 +164,7 @@ class Decoder(Part):
         context = Context(at, slots.positions[:, : slots.filled], visible, even=even, state=state)
         if state.memory_positions is not None:
             context.memory = memory_context(at, None, state.memory_positions)
-        return self._run(tokens, context)
+        return context
 
     def _run(self, tokens: Int[Tensor, "batch time"], context: Context) -> Float[Tensor, "batch time width"]:
         if torch.is_grad_enabled():

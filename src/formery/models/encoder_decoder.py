@@ -54,6 +54,11 @@ class EncoderDecoder(Part):
         return self.decoder.compiled
 
     @property
+    def embedding(self) -> Embedding:
+        """The decoder's way in."""
+        return self.decoder.embedding
+
+    @property
     def output(self) -> Part:
         """The way from the decoder's vectors to logits."""
         return self.decoder.output
@@ -70,8 +75,11 @@ class EncoderDecoder(Part):
         hidden = self.decoder.hidden(tokens, positions, memory=memory, memory_positions=source_positions)
         return self.decoder.logits(hidden)
 
-    def begin(self, prompts: Sequence[Source], capacity: int) -> tuple[State, list[list[int]]]:
-        """Encodes these prompts into a fresh state; each row has then to read the start token and the prefix."""
+    def begin(self, prompts: Sequence[Source], capacity: int, keep: bool = False) -> tuple[State, list[list[int]]]:
+        """Encodes these prompts into a fresh state; each row has then to read the start token and the prefix.
+
+        keep: leaves what the encoder made in the state, as `encoded`.
+        """
         for prompt in prompts:
             if len(prompt) == 0:
                 raise FormeryError("a prompt is empty: give this model a text to read.")
@@ -87,6 +95,7 @@ class EncoderDecoder(Part):
         exactly = state.exact and exact(known) and isinstance(way_in, Embedding)
         everywhere = torch.arange(memory.shape[1], device=device).repeat(len(prompts), 1)
         state.memory_positions = everywhere if positions is None else positions
+        state.encoded = memory if keep else None
         with using(self.decoder.compiled):
             for part in self.decoder.modules():
                 if isinstance(part, CrossAttention):
@@ -94,9 +103,11 @@ class EncoderDecoder(Part):
         state.vouch(exactly)
         return state, [[self.start_token, *self.prefix] for _ in prompts]
 
-    def logits(self, hidden: Float[Tensor, "batch time width"]) -> Float[Tensor, "batch time vocabulary"]:
-        """What the output makes of the decoder's last vectors."""
-        return self.decoder.logits(hidden)
+    def logits(
+        self, hidden: Float[Tensor, "batch time width"], state: State | None = None
+    ) -> Float[Tensor, "batch time vocabulary"]:
+        """What the output makes of the decoder's last vectors. state: that they were read into, if any."""
+        return self.decoder.logits(hidden, state)
 
     def step(
         self,

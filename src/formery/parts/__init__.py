@@ -11,6 +11,7 @@ from formery.parts.kernels import Packing, attend, kernel
 from formery.parts.linear import Linear
 from formery.parts.mask import Mask, block_causal, causal, dilated, everything, prefix, window
 from formery.parts.mixers import CausalConvolution, GatedRMSNorm, Mamba2
+from formery.parts.nested import Nested
 from formery.parts.norm import AcrossHeads, LayerNorm, RMSNorm
 from formery.parts.part import Described, Part, build
 from formery.parts.patches import Patches
@@ -61,6 +62,7 @@ __all__ = [
     "MaskedOutput",
     "MeanPool",
     "Memory",
+    "Nested",
     "Normalised",
     "Output",
     "Packing",

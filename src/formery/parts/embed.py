@@ -1,6 +1,7 @@
 """The way into a model from token ids, and the way out to logits."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from jaxtyping import Float, Int
@@ -47,13 +48,16 @@ class Embedding(Part):
         self.inner, self.lift, self.table = inner, lift, table
         self.weight: nn.Parameter | Codes = normal(*shape, deviation=deviation) if table is None else table.weight
 
-    def forward(self, tokens: Int[Tensor, "batch time"], context: Context) -> Float[Tensor, "batch time width"]:
+    def looked_up(self, tokens: Int[Tensor, "..."]) -> Float[Tensor, "... width"]:
+        """The vectors of tokens, before anything is done for their positions."""
         weight = self.weight
         hidden = weight.rows(tokens) if isinstance(weight, Codes) else nn.functional.embedding(tokens, weight)
         if self.scale != 1.0:
             hidden = hidden * self.scale
-        if self.lift is not None:
-            hidden = self.lift(hidden)
+        return hidden if self.lift is None else cast(Tensor, self.lift(hidden))
+
+    def forward(self, tokens: Int[Tensor, "batch time"], context: Context) -> Float[Tensor, "batch time width"]:
+        hidden = self.looked_up(tokens)
         if self.position is not None:
             hidden = self.position.embed(hidden, context)
         if self.norm is not None:

@@ -1,96 +1,21 @@
-"""What recurrent layers share: in which order a pass is read, and a state that can be taken back.
+"""What recurrent layers share: a state that can be taken back.
 
 A recurrent state holds what became of all tokens, not the tokens, so none can be taken out of it. It goes back by
-going forward again: from a copy of how it was some tokens ago, over the inputs of those that stay.
+going forward again: from a copy of how it was some tokens ago, over the inputs of those that stay. For a tree of drafts
+it does not go forward at all: their inputs are kept until it is said which path stays, which is then gone along.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from formery.errors import FormeryError
-from formery.parts.context import Context
 from formery.parts.state import Slots
 
 Carried = tuple[Tensor, ...]
 Advance = Callable[[Carried, Float[Tensor, "batch time inputs"], Bool[Tensor, "batch time"] | None], Carried]
-
-
-@dataclass(frozen=True)
-class Chain:
-    """The tokens of a pass, each row's one after the other, its padding behind them.
-
-    counts: how many tokens each row has. order: which place of the pass comes where, None where none moves.
-    real: False at padding, None where there is none. positions: of each token, given only where a row holds several
-    sequences, each of which begins at position 0. All in the new order.
-    """
-
-    counts: list[int]
-    order: Int[Tensor, "batch time"] | None = None
-    real: Bool[Tensor, "batch time"] | None = None
-    positions: Int[Tensor, "batch time"] | None = None
-
-    def enter(self, hidden: Float[Tensor, "batch time width"]) -> Float[Tensor, "batch time width"]:
-        """Vectors of the pass, put into this order."""
-        return hidden if self.order is None else hidden.take_along_dim(self.order[..., None], 1)
-
-    def leave(self, hidden: Float[Tensor, "batch time width"]) -> Float[Tensor, "batch time width"]:
-        """The way back from `enter`."""
-        return hidden if self.order is None else hidden.take_along_dim(self.order.argsort(1)[..., None], 1)
-
-
-def chain(context: Context) -> Chain:
-    """In which order the recurrent layers of this pass read its tokens.
-
-    Raises FormeryError where the tokens do not follow one another: a tree of drafts, hidden or missing tokens.
-    """
-    return context.once("chain", lambda: _chain(context))
-
-
-def _chain(context: Context) -> Chain:
-    positions = context.positions
-    if context.even:
-        return Chain([positions.shape[1]] * len(positions))
-    real = positions >= 0
-    counts: list[int] = real.sum(1).tolist()
-    sequences = (positions == 0).cumsum(1)
-    if context.visible is not None and not _all_visible(context, real, sequences):
-        raise _not_a_chain()
-    order = None
-    if bool((real[:, 1:] > real[:, :-1]).any()):
-        order = (~real).int().argsort(dim=1, stable=True)
-        positions, real = positions.gather(1, order), real.gather(1, order)
-    follows = (positions.diff(dim=1) == 1) | ~real[:, 1:]
-    restarts = positions[:, 1:] == 0
-    if context.state is None:
-        follows = follows | restarts
-    if not bool(follows.all()):
-        raise _not_a_chain()
-    padded = min(counts) < positions.shape[1]
-    several = context.state is None and bool(restarts.any())
-    return Chain(counts, order, real if padded else None, positions if several else None)
-
-
-def _all_visible(context: Context, real: Bool[Tensor, "batch time"], sequences: Int[Tensor, "batch time"]) -> bool:
-    """Whether each token sees just what a recurrence shows it: all that came before it in its sequence."""
-    visible = context.visible
-    assert visible is not None
-    if context.state is None:
-        same = sequences[:, :, None] == sequences[:, None, :]
-        looked_at = (real[:, :, None] & real[:, None, :]).tril()
-        return bool(((visible == same) | ~looked_at).all())
-    query, key = context.positions[:, :, None], context.key_positions[:, None, :]
-    return bool((visible | (key < 0) | (key > query)).all())
-
-
-def _not_a_chain() -> FormeryError:
-    return FormeryError(
-        "a recurrent layer can only read chains, each token at the position after the last and none hidden from "
-        "later ones: give it no trees of drafts, and packed sequences with positions that begin at 0."
-    )
 
 
 class RecurrentState:
@@ -99,7 +24,9 @@ class RecurrentState:
     carried: after all tokens of each row. snapshot: the same after the first `folded[row]` of them.
     inputs: of the tokens since then, from which `advance` finds the way from the snapshot to any later point.
     reach: how many tokens before the latest pass can be taken back at least; all of that pass and all tokens can be
-    in any case. The size depends on `reach` and on the length of the latest pass only.
+    in any case. The size depends on `reach` and on the length of the latest pass only. latest: how many tokens of that
+    pass each row has taken in. forked: whether it was a tree, of which no path has been chosen: until then `carried` is
+    what was carried before it, and `lengths` count the deepest branch.
     """
 
     def __init__(self, slots: Slots, carried: Carried, width: int, dtype: torch.dtype, advance: Advance, reach: int):
@@ -107,18 +34,24 @@ class RecurrentState:
         self.slots, self.advance, self.reach = slots, advance, reach
         self.carried, self.snapshot = carried, tuple(torch.zeros_like(one) for one in carried)
         self.inputs = torch.zeros(batch, 2 * reach, width, dtype=dtype, device=device)
-        self.folded, self.lengths = [0] * batch, [0] * batch
+        self.folded, self.lengths, self.latest = [0] * batch, [0] * batch, [0] * batch
+        self.forked = False
 
     @property
     def logged(self) -> list[int]:
         """How many tokens of each row have come since the snapshot."""
         return [length - folded for length, folded in zip(self.lengths, self.folded, strict=True)]
 
-    def append(self, inputs: Float[Tensor, "batch time inputs"], counts: Sequence[int], carried: Carried) -> None:
+    def append(
+        self, inputs: Float[Tensor, "batch time inputs"], counts: Sequence[int], carried: Carried | None
+    ) -> None:
         """Takes in a pass: its inputs, of which the first counts[row] are tokens, and what is carried after them.
 
-        Raises FormeryError where these are not the tokens after the last, or something failed half-way before.
+        carried: None where they are a tree, of which counts[row] tokens are the deepest branch. Raises FormeryError
+        where these are not the tokens after the last, or something failed half-way before.
         """
+        if self.forked:
+            raise FormeryError("a recurrent layer has read a tree of drafts: say by `settle` which path of it stays.")
         lengths = [old + new for old, new in zip(self.lengths, counts, strict=True)]
         if lengths != self.slots.lengths:
             raise FormeryError(
@@ -129,7 +62,11 @@ class RecurrentState:
         rows = torch.arange(len(inputs), device=inputs.device)[:, None]
         places = torch.arange(inputs.shape[1], device=inputs.device)
         self.inputs[rows, torch.tensor(self.logged, device=inputs.device)[:, None] + places] = inputs
-        self.lengths, self.carried = lengths, carried
+        self.lengths, self.latest = lengths, list(counts)
+        if carried is None:
+            self.forked = True
+        else:
+            self.carried = carried
 
     def _reserve(self, time: int) -> None:
         """Makes room for the inputs of `time` tokens; where it is short, all but the last `reach` are folded.
@@ -159,9 +96,20 @@ class RecurrentState:
         self.inputs = self.inputs[rows]
         self.folded = [self.folded[row] for row in rows.tolist()]
         self.lengths = [self.lengths[row] for row in rows.tolist()]
+        self.latest = [self.latest[row] for row in rows.tolist()]
+
+    @property
+    def before(self) -> list[int]:
+        """How many tokens each row had read before the latest pass."""
+        return [length - latest for length, latest in zip(self.lengths, self.latest, strict=True)]
 
     def check_rollback(self, lengths: Sequence[int]) -> None:
         """Raises FormeryError where that is further back than the snapshot, and not the very beginning."""
+        if self.forked and any(length > before for length, before in zip(lengths, self.before, strict=True)):
+            raise FormeryError(
+                "a recurrent layer has read a tree of drafts: say by `settle` which path of it stays, or take all of "
+                "it back."
+            )
         for row, length in enumerate(lengths):
             if 0 < length < self.folded[row]:
                 raise FormeryError(
@@ -171,7 +119,7 @@ class RecurrentState:
 
     def check_keep(self, counts: Sequence[int]) -> None:
         """Raises FormeryError where tokens, not just padding, would be dropped."""
-        if list(counts) != self.lengths:
+        if self.forked or list(counts) != self.lengths:
             raise FormeryError(
                 "a recurrent layer cannot drop single tokens of what it has read: drop none, or take the last ones "
                 "back with `rollback`."
@@ -179,6 +127,9 @@ class RecurrentState:
 
     def rollback(self, lengths: Sequence[int]) -> None:
         """Forgets tokens at positions from lengths[row] on."""
+        before = self.before
+        if self.forked:
+            self.lengths, self.forked = before, False
         shorter = [row for row, length in enumerate(lengths) if length < self.lengths[row]]
         if not shorter:
             return
@@ -188,12 +139,38 @@ class RecurrentState:
                 self.folded[row] = 0
                 for one in self.snapshot:
                     one[row] = 0
+        self.latest = [max(0, length - start) for length, start in zip(self.lengths, before, strict=True)]
         rows = torch.tensor(shorter, device=self.inputs.device)
         counts = [self.logged[row] for row in shorter]
         carried = tuple(one[rows] for one in self.snapshot)
         if any(counts):
             carried = self.advance(carried, *self._beginnings(self.inputs[rows], counts))
         self.carried = tuple(one.index_copy(0, rows, new) for one, new in zip(self.carried, carried, strict=True))
+
+    def check_settle(self, paths: Sequence[Sequence[int]]) -> None:
+        """Raises FormeryError where what was read was a chain, and a path is not its beginning."""
+        if not self.forked and any(list(path) != list(range(len(path))) for path in paths):
+            raise FormeryError(
+                "a recurrent layer has read the latest tokens as a chain, so it can keep only the first of them."
+            )
+
+    def settle(self, paths: Sequence[Sequence[int]]) -> None:
+        """Forgets what of the latest pass is not on the paths; where it was a tree, goes along them."""
+        before = self.before
+        lengths = [old + len(path) for old, path in zip(before, paths, strict=True)]
+        if not self.forked:
+            self.rollback(lengths)
+            return
+        device, longest = self.inputs.device, max(len(path) for path in paths)
+        start = torch.tensor([[one - fold] for one, fold in zip(before, self.folded, strict=True)], device=device)
+        padded = torch.tensor([[*path, *[0] * (longest - len(path))] for path in paths], device=device)
+        inputs = self.inputs.take_along_dim((start + padded)[..., None], 1)
+        rows, places = torch.arange(len(paths), device=device)[:, None], torch.arange(longest, device=device)
+        self.inputs[rows, start + places] = inputs
+        counts = [len(path) for path in paths]
+        if longest:
+            self.carried = self.advance(self.carried, *self._beginnings(inputs, counts))
+        self.lengths, self.latest, self.forked = lengths, counts, False
 
     def gather(self, slots: Int[Tensor, "batch slot"]) -> None:
         """Nothing to move: there are no slots."""

@@ -4,7 +4,7 @@ Each row of a batch has its own length. Tokens lie in numbered *slots*; a slot k
 (-1: empty), so rows may be ragged, padded on either side, thinned out (`keep`) or cut back (`rollback`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -28,6 +28,12 @@ class LayerState(Protocol):
 
     def rollback(self, lengths: Sequence[int]) -> None:
         """Forgets tokens at positions from lengths[row] on."""
+
+    def check_settle(self, paths: Sequence[Sequence[int]]) -> None:
+        """Raises FormeryError where `settle` could not be done; changes nothing."""
+
+    def settle(self, paths: Sequence[Sequence[int]]) -> None:
+        """Of the latest pass, keeps the tokens at the places paths[row], moved up to its first places."""
 
     def gather(self, slots: Int[Tensor, "batch slot"]) -> None:
         """Moves slot slots[row, j] to slot j."""
@@ -55,6 +61,7 @@ class Slots:
         self.lengths = [0] * batch
         self.ordered = True  # slot j holds position j in every row, but for padding behind the last token
         self.start = [0] * batch  # where the tokens of the pass under way begin
+        self.before = True  # whether it was `ordered` before that pass
 
     @property
     def capacity(self) -> int:
@@ -78,7 +85,7 @@ class Slots:
 
     def extend(self, positions: Int[Tensor, "batch time"] | None, time: int) -> Int[Tensor, "batch time"]:
         """Takes the next `time` slots of each row; returns the positions of the tokens in them."""
-        self.start = list(self.used)
+        self.start, self.before = list(self.used), self.ordered and self.used == self.lengths
         device = self.positions.device
         # Padding left in the middle (used > lengths) puts all later tokens out of order.
         self.ordered = self.ordered and self.used == self.lengths and (positions is None or self._continues(positions))
@@ -119,6 +126,22 @@ class Slots:
             self.used = (slot * (self.positions >= 0)).amax(1).tolist()
         self.lengths = [min(old, new) for old, new in zip(self.lengths, lengths, strict=True)]
         self.ordered = self.ordered or self._in_order()
+
+    def settle(self, paths: Sequence[Sequence[int]]) -> None:
+        """Empties the slots of the latest pass but those at the places paths[row], which move up to its first ones."""
+        lengths = []
+        for row, (start, path) in enumerate(zip(self.start, paths, strict=True)):
+            own, kept = self.positions[row], start + len(path)
+            if kept < self.used[row]:
+                if self.before:
+                    own[start:kept] = torch.arange(start, kept, device=own.device)
+                else:
+                    own[start:kept] = own[[start + place for place in path]]
+                own[kept : self.used[row]] = -1
+                self.used[row] = kept
+            # Where all was in order, so is a path, which goes on from there.
+            lengths.append(kept if self.before else int(own[:kept].amax()) + 1)
+        self.lengths, self.ordered = lengths, self.before
 
     def keep(self, slots: Bool[Tensor, "batch slot"]) -> Int[Tensor, "batch filled"]:
         """Empties the slots that are False and moves the others up; returns the slots in their new order."""
@@ -186,6 +209,17 @@ class KeyValues:
     def rollback(self, lengths: Sequence[int]) -> None:
         """Nothing to do: an emptied slot is not seen, and is written over."""
 
+    def check_settle(self, paths: Sequence[Sequence[int]]) -> None:
+        """It can always be done."""
+
+    def settle(self, paths: Sequence[Sequence[int]]) -> None:
+        for row, (start, path) in enumerate(zip(self.slots.start, paths, strict=True)):
+            first = next((place for place, old in enumerate(path) if old != place), len(path))
+            if first < len(path):
+                old = [start + place for place in path[first:]]
+                for one in (self.keys, self.values):
+                    one[row, start + first : start + len(path)] = one[row, old]
+
     def gather(self, slots: Int[Tensor, "batch slot"]) -> None:
         rows = torch.arange(len(slots), device=slots.device)[:, None]
         self.keys[:, : slots.shape[1]] = self.keys[rows, slots]
@@ -216,6 +250,12 @@ class Memory:
     def rollback(self, lengths: Sequence[int]) -> None:
         """Nothing to do: the memory does not depend on the tokens."""
 
+    def check_settle(self, paths: Sequence[Sequence[int]]) -> None:
+        """It can always be done."""
+
+    def settle(self, paths: Sequence[Sequence[int]]) -> None:
+        """Nothing to do: the memory does not depend on the tokens."""
+
     def gather(self, slots: Int[Tensor, "batch slot"]) -> None:
         """Nothing to do: the memory has no token slots."""
 
@@ -233,6 +273,8 @@ class State:
         self.slots = Slots(batch, max(1, capacity), device)
         self.layers: dict[tuple[object, int], LayerState] = {}
         self.memory_positions: Int[Tensor, "batch source"] | None = None
+        # What an encoder made, where it was asked for: no layer of the model itself reads it again.
+        self.encoded: Float[Tensor, "batch source width"] | None = None
         # The layers, and the way to logits, as the compiled kernels run them, where they do.
         self.pieces: Sequence[Any] | None = None
         self.out: Any = None
@@ -261,7 +303,7 @@ class State:
     def nbytes(self) -> int:
         """Bytes of all storage held, measured, a storage that is shared counted once."""
         tensors = [tensor for layer in self.layers.values() for tensor in layer.tensors()]
-        tensors += [self.slots.positions, *([] if self.memory_positions is None else [self.memory_positions])]
+        tensors += [one for one in (self.slots.positions, self.memory_positions, self.encoded) if one is not None]
         storages = [tensor.untyped_storage() for tensor in tensors]
         # An address would not do: on the meta device, where a state can be measured too, all are 0.
         return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
@@ -295,6 +337,24 @@ class State:
         for layer in self.layers.values():
             layer.rollback(lengths)
 
+    def settle(self, paths: Sequence[Sequence[int]]) -> None:
+        """Of the latest pass, row i keeps the tokens at the places paths[i] and forgets the others.
+
+        A path goes down a tree of drafts, each token at the position after the last. Raises FormeryError, and changes
+        nothing, where a layer cannot.
+        """
+        if all(list(path) == list(range(used - start)) for path, start, used in self._latest(paths)):
+            return
+        for layer in self.layers.values():
+            layer.check_settle(paths)
+        for layer in self.layers.values():
+            layer.settle(paths)
+        self.slots.settle(paths)
+
+    def _latest(self, paths: Sequence[Sequence[int]]) -> Iterator[tuple[Sequence[int], int, int]]:
+        """Each path, and between which slots the latest pass of its row lies."""
+        return zip(paths, self.slots.start, self.slots.used, strict=True)
+
     def select(self, rows: Sequence[int]) -> None:
         """Keeps these rows of the batch, in this order; a row may be taken several times."""
         if list(rows) == list(range(self.batch)):
@@ -306,6 +366,8 @@ class State:
         slots.start = [slots.start[row] for row in rows]
         if self.memory_positions is not None:
             self.memory_positions = self.memory_positions[index]
+        if self.encoded is not None:
+            self.encoded = self.encoded[index]
         for layer in self.layers.values():
             layer.select(index)
 

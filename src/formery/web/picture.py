@@ -36,9 +36,9 @@ def dependency_graph(generation: Generation, tokenizer: Tokenizer | None = None)
     figure = Figure(figsize=(1.2 + 0.46 * width, 1.4 + 0.26 * len(shown)), layout="constrained")
     axes = figure.subplots()
     for row, (begin, event) in enumerate(shown, 1):
-        cells = [(token, "accepted guess") for token in event.drafted[: event.accepted]]
+        cells = [(token, "accepted guess") for token in event.emitted[: event.accepted]]
         cells += [(token, "token of the target's own") for token in event.emitted[event.accepted :]]
-        cells += [(token, "rejected guess") for token in event.drafted[len(cells) :]]
+        cells += [(token, "rejected guess") for token in event.rejected]
         for column, (token, kind) in enumerate(cells, begin):
             if column < width:
                 _cell(axes, row, column, label(token, tokenizer), kind)

@@ -92,8 +92,8 @@ def _calls(
             for i, kind in enumerate(kinds)
         ]
         # Where the text ends within the draft nothing took the place of the rest.
-        if count > event.accepted and event.drafted[event.accepted :]:
-            rejected = Piece(guess_text(event.drafted[event.accepted :], tokenizer), "rejected", note)
+        if count > event.accepted and event.rejected:
+            rejected = Piece(guess_text(event.rejected, tokenizer), "rejected", note)
             call.insert(event.accepted, rejected)
         place += count
         yield call

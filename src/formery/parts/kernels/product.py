@@ -59,9 +59,12 @@ def product(
     """
     library = enabled(hidden)
     if library is not None:
-        from formery.parts.native.stack import alone
+        from formery.parts.native.stack import alone, multiplied
 
-        found = alone(library, hidden, weight.shape[0], lambda writer: writer.product(weight, shift, 0, 1))
+        if isinstance(weight, Codes):
+            found = alone(library, hidden, weight.shape[0], lambda writer: writer.product(weight, shift, 0, 1))
+        else:
+            found = multiplied(library, hidden, weight, shift)
         if found is not None:
             return found
     if isinstance(weight, Codes):

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from formery.parts.context import Context
 from formery.parts.linear import Linear
+from formery.parts.order import Tree, chain, tree
 from formery.parts.part import Part, normal
-from formery.parts.recurrence import Carried, RecurrentState, chain
+from formery.parts.recurrence import Carried, RecurrentState
 from formery.parts.state import LayerState, State
 
 CHUNK = 64  # tokens whose masked matrix is computed at once
@@ -45,16 +46,23 @@ class CausalConvolution(Part):
         return self.shift is not None
 
     def forward(
-        self, values: Float[Tensor, "batch window+time channels"], positions: Int[Tensor, "batch time"] | None = None
+        self,
+        values: Float[Tensor, "batch window+time channels"],
+        positions: Int[Tensor, "batch time"] | None = None,
+        windows: Int[Tensor, "batch time kernel"] | None = None,
     ) -> Float[Tensor, "batch time channels"]:
         """The sums for all but the first kernel - 1 values, which are there to be looked at.
 
-        positions: where given, none looks further back than to the position 0 of its own sequence.
+        positions: where given, none looks further back than to the position 0 of its own sequence. windows: in a tree,
+        the places of the values that each sum is of, the latest first.
         """
         time = values.shape[1] - self.kernel + 1
         total = self.weight[:, -1] * values[:, self.kernel - 1 :]
         for back in range(1, self.kernel):
-            earlier = values[:, self.kernel - 1 - back :][:, :time]
+            if windows is None:
+                earlier = values[:, self.kernel - 1 - back :][:, :time]
+            else:
+                earlier = values.take_along_dim(windows[..., back, None], 1)
             if positions is not None:
                 earlier = earlier.masked_fill((positions < back)[..., None], 0)
             total = total + self.weight[:, -1 - back] * earlier
@@ -125,6 +133,9 @@ class Mamba2(Part):
         self.output = Linear(self.inner, width, bias, gain=0.3)
 
     def forward(self, hidden: Float[Tensor, "batch time width"], context: Context) -> Float[Tensor, "batch time width"]:
+        branches = tree(context)
+        if branches is not None:
+            return self._forked(hidden, context, branches)
         order = chain(context)
         own = context.remembered(self)
         gate, inputs = self.input(order.enter(hidden)).split((self.inner, self.channels + self.heads), -1)
@@ -142,6 +153,21 @@ class Mamba2(Part):
         if own is not None:
             own.append(inputs, order.counts, (window, memory))
         return order.leave(self.output(self.norm(mixed.flatten(2), gate)))
+
+    def _forked(
+        self, hidden: Float[Tensor, "batch time width"], context: Context, branches: Tree
+    ) -> Float[Tensor, "batch time width"]:
+        """`forward` for a tree of drafts: each token comes behind those of its own branch; nothing is carried yet."""
+        own = context.remembered(self)
+        assert isinstance(own, RecurrentState)
+        gate, inputs = self.input(hidden).split((self.inner, self.channels + self.heads), -1)
+        window, memory = own.carried
+        windows = context.once(("windows", self.kernel), lambda: branches.windows(self.kernel))
+        x, keys, queries, steps, _ = self._prepare(window, inputs, branches.real, None, windows)
+        mixed = scan_tree(x * steps[..., None], self._decays(steps), keys, queries, memory, branches.ancestors)
+        mixed = mixed + x * self.skip.view(self.groups, -1, 1)
+        own.append(inputs, branches.depths, None)
+        return self.output(self.norm(mixed.flatten(2), gate))
 
     def start(self, state: State) -> LayerState:
         """What this layer remembers while decoding."""
@@ -170,6 +196,7 @@ class Mamba2(Part):
         inputs: Float[Tensor, "batch time inputs"],
         real: Bool[Tensor, "batch time"] | None,
         positions: Int[Tensor, "batch time"] | None,
+        windows: Int[Tensor, "batch time kernel"] | None = None,
     ) -> tuple[
         Float[Tensor, "batch time group head dim"],
         Float[Tensor, "batch time group state"],
@@ -184,7 +211,7 @@ class Mamba2(Part):
         counts = torch.full((len(inputs),), inputs.shape[1], device=inputs.device) if real is None else real.sum(1)
         window = read.take_along_dim((counts[:, None] + places)[..., None], 1)
         read = read.to(torch.promote_types(read.dtype, torch.float32))
-        mixed = nn.functional.silu(self.convolution(read, positions))
+        mixed = nn.functional.silu(self.convolution(read, positions, windows))
         state = self.groups * self.state_width
         x, keys, queries = (one.unflatten(-1, (self.groups, -1)) for one in mixed.split((self.inner, state, state), -1))
         steps = nn.functional.softplus(steps.to(read.dtype) + self.step_shift)
@@ -224,6 +251,31 @@ def scan(
         outputs.append(torch.einsum("bghts,bsghd->btghd", scores, value) + before)
         memory = remember(value, decay, key, memory)
     return torch.cat(outputs, 1), memory
+
+
+def scan_tree(
+    values: Float[Tensor, "batch time group head dim"],
+    decays: Float[Tensor, "batch time group head"],
+    keys: Float[Tensor, "batch time group state"],
+    queries: Float[Tensor, "batch time group state"],
+    memory: Float[Tensor, "batch group head dim state"],
+    ancestors: Bool[Tensor, "batch time time"],
+) -> Float[Tensor, "batch time group head dim"]:
+    """The outputs of the recurrence along each branch of a tree, which begins at `memory` (as STree, 2025).
+
+    `output[t] = Σ_{s on the way to t} (queries[t] · keys[s]) exp(Σ_{k between s and t} decays[k]) values[s]`, plus
+    what came before the tree, faded by all decays on the way. Sums of decays are of those on the way alone.
+    """
+    way = ancestors.to(decays.dtype)[:, None, None]
+    lasts = decays.movedim(1, -1)  # batch group head time
+    # below[k, s]: the decay of k where s lies above it; so that between[t, s] sums those after s, up to t.
+    below = lasts[..., None] * (way - torch.eye(way.shape[-1], dtype=way.dtype, device=way.device))
+    between = way @ below
+    kept = between.exp() * way
+    scores = torch.einsum("btgn,bsgn->bgts", queries, keys)[:, :, None] * kept
+    faded = (way @ lasts[..., None])[..., 0].movedim(-1, 1).exp()
+    before = torch.einsum("btgn,bghdn->btghd", queries, memory) * faded[..., None]
+    return torch.einsum("bghts,bsghd->btghd", scores, values) + before
 
 
 def remember(

@@ -12,6 +12,7 @@ from formery.parts.linear import Linear
 from formery.parts.native.mode import Library
 from formery.parts.native.program import ADD, APPEND, CAP, SCALE, Program, Unfit
 from formery.parts.native.writer import PLUS, SET, TIMES, Writer, plain, untouched
+from formery.parts.nested import Nested
 from formery.parts.norm import LayerNorm, RMSNorm
 from formery.parts.residual import Layer, Parallel, PostNorm, PreNorm, Sandwich
 
@@ -34,6 +35,9 @@ def sublayer(part: nn.Module, writer: Writer, source: int, target: int, into: in
         writer.linear(part.gate, source, inner, SET, part.activation)
         writer.linear(part.up, source, inner, TIMES)
         writer.linear(part.down, inner, target, into)
+    elif isinstance(part, Nested):
+        plain(part, Nested)
+        sublayer(part.alone(), writer, source, target, into)
     else:
         plain(part, MLP)
         assert isinstance(part, MLP)
@@ -61,7 +65,7 @@ def _attention(part: Attention, writer: Writer, source: int, target: int, into: 
 
 def layer(part: nn.Module, writer: Writer) -> None:
     """What a layer, or a residual sub-layer, does to the stream."""
-    width = writer.program.widths[0]
+    width, began = writer.program.widths[0], len(writer.program.steps)
     normed, update = writer.register("normed", width), writer.register("update", width)
     if isinstance(part, Layer):
         plain(part, Layer)
@@ -89,6 +93,7 @@ def layer(part: nn.Module, writer: Writer) -> None:
             _norm(norm, writer, 0, register)
         for number, inner in enumerate(part.inners):
             sublayer(inner, writer, registers[number % len(registers)], 0, PLUS)
+    writer.program.spans[id(part)] = began, len(writer.program.steps)
 
 
 def _norm(part: nn.Module, writer: Writer, source: int, target: int) -> None:
@@ -146,9 +151,11 @@ def lower(library: Library, layers: Sequence[nn.Module], norm: nn.Module | None,
         pieces.append(part)
         writer = Writer(library, width)
     if norm is not None:
+        began = len(writer.program.steps)
         try:
             _norm(norm, writer, 0, 0)
             writer.program.origin.append(norm)
+            writer.program.spans[id(norm)] = began, len(writer.program.steps)
         except Unfit:
             return [*pieces, *([writer.program] if writer.program.steps else []), norm]
     return [*pieces, *([writer.program] if writer.program.steps else [])]

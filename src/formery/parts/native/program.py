@@ -132,6 +132,7 @@ class Program:
     origin: list[Any] = field(default_factory=list)
     result: int = 0
     narrowest: int = 0  # the widest input of a weight that is not in 32 bits
+    spans: dict[int, tuple[int, int]] = field(default_factory=dict)  # where the steps of a part lie, by its id
 
     def __post_init__(self) -> None:
         self._rows = -1

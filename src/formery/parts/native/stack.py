@@ -1,17 +1,20 @@
 """A stack of layers, run by the kernels where they can, by the layers' own `forward` where they cannot."""
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from itertools import islice
+from threading import local
 from typing import cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from formery.parts.context import Context
 from formery.parts.native.lower import Piece, lower, row_by_row, way_out
 from formery.parts.native.mode import Library, enabled
-from formery.parts.native.program import Program, Unfit
+from formery.parts.native.program import APPEND, ATTEND, Program, Step, Unfit
 from formery.parts.native.writer import Writer
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -23,6 +26,43 @@ def pieces(layers: nn.ModuleList, norm: nn.Module | None, width: int) -> list[Pi
     if library is None or layers.training:
         return None
     return lower(library, list(layers), norm, width)
+
+
+def chosen(
+    known: Sequence[Piece] | None, parts: nn.ModuleList, norm: nn.Module | None, width: int
+) -> list[Piece] | None:
+    """As `pieces`, of some parts of a stack of which `known` are the pieces; what is written there is used again."""
+    if known is not None and len(known) == 1 and isinstance(known[0], Program):
+        try:
+            return [only(known[0], [*parts, *([] if norm is None else [norm])])]
+        except Unfit:
+            pass
+    return pieces(parts, norm, width)
+
+
+def only(program: Program, parts: Sequence[nn.Module]) -> Program:
+    """The steps of these residual parts alone, in this order.
+
+    Raises Unfit where the program does not hold one of them, or reads weights in fewer bits: inputs that were narrowed
+    for one part may be read by the next.
+    """
+    if program.narrowest or any(id(part) not in program.spans for part in parts):
+        raise Unfit
+    places = [place for part in parts for place in range(*program.spans[id(part)])]
+    steps = [Step.from_buffer_copy(program.steps[place]) for place in places]
+    remembering = [step for step in steps if step.kind in (APPEND, ATTEND)]
+    caches = sorted({step.c for step in remembering})
+    for step in remembering:
+        step.c = caches.index(step.c)
+    return replace(
+        program,
+        steps=steps,
+        operands=[program.operands[place] for place in places],
+        labels=[program.labels[place] for place in places],
+        attentions=[program.attentions[cache] for cache in caches],
+        origin=list(parts),
+        spans={},
+    )
 
 
 def exact(known: Sequence[Piece] | None) -> bool:
@@ -80,6 +120,37 @@ def plainly(
     for layer in layers:
         hidden = layer(hidden, context)
     return hidden if norm is None else norm(hidden)
+
+
+class _Products(local):
+    """The programs of single products, of each thread apart: one program runs in one thread at a time."""
+
+    def __init__(self) -> None:
+        self.known = WeakTensorKeyDictionary()
+
+
+_products = _Products()
+
+
+def multiplied(
+    library: Library, hidden: Float[Tensor, "... inputs"], weight: Tensor, shift: Tensor | None
+) -> Float[Tensor, "... outputs"] | None:
+    """`hidden · weightᵀ + shift` by a program that is written once for this weight; None as in `alone`."""
+    if hidden.dtype not in DTYPES or (shift is not None and shift.dtype != torch.float32):
+        return alone(library, hidden, weight.shape[0], lambda writer: writer.product(weight, shift, 0, 1))
+    # The program reads what lies at these places when it runs.
+    places = (id(library), weight.data_ptr(), None if shift is None else shift.data_ptr())
+    known = _products.known.get(weight)
+    if known is None or known[0] != places:
+        writer = Writer(library, hidden.shape[-1])
+        writer.program.result = writer.register("result", weight.shape[0])
+        try:
+            writer.product(weight, shift, 0, 1)
+        except Unfit:
+            return None
+        known = _products.known[weight] = places, writer.program
+    found: Tensor = known[1].map(hidden)
+    return found
 
 
 def alone(

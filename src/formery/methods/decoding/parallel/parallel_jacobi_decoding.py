@@ -25,7 +25,7 @@ from formery.evidence.paper import Paper, publish
 from formery.generate.draft import Draft, Row, Verdict
 from formery.generate.method import Method, drafting, register
 from formery.generate.settings import Settings
-from formery.models import Model
+from formery.generate.target import Target
 
 
 def plain(written: int, room: int, block: int, until: int) -> int:
@@ -56,7 +56,7 @@ class JacobiDrafter:
             raise FormeryError(f"Jacobi decoding needs block >= 2 and until >= 1, not block {block}, until {until}.")
         self.form, self.block, self.until = form, block, until
 
-    def begin(self, model: Model, rows: Sequence[Row], settings: Settings) -> None:
+    def begin(self, target: Target, rows: Sequence[Row], settings: Settings) -> None:
         self.guesses: list[list[int]] = [[] for _ in rows]
 
     def propose(self, rows: Sequence[Row], rooms: Sequence[int]) -> list[Draft]:

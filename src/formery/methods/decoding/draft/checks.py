@@ -1,0 +1,142 @@
+"""What the checks of drafting methods share: the criteria that each of them is held to."""
+
+from collections.abc import Mapping, Sequence
+
+from formery.evidence.card import trained
+from formery.evidence.checks import (
+    WORKS,
+    Result,
+    Setting,
+    best,
+    criterion,
+    examples,
+    model_named,
+    survey,
+    values_of,
+)
+from formery.evidence.measured import Budget
+from formery.evidence.race import Laps, fitted
+from formery.evidence.verdict import Criterion
+from formery.generate import generate
+from formery.models import Model, load
+
+
+def surveyed(
+    budget: Budget, methods: Sequence[str], works: Sequence[str] = WORKS, sampled: Sequence[str] = ()
+) -> list[Result]:
+    """Each method with its options against greedy decoding, and some against sampling at temperature 1."""
+    settings = [Setting(method) for method in methods] + [Setting(method, temperature=1.0) for method in sampled]
+    return survey(budget, settings, works)
+
+
+def lossless(results: Sequence[Result]) -> Criterion:
+    """Whether the text is greedy decoding's own."""
+    return criterion(
+        "identical",
+        "greedily, the share of texts with the very tokens of greedy decoding is 1",
+        values_of(results, "identical"),
+        "==",
+        1.0,
+        essential=True,
+    )
+
+
+def fewer_calls(results: Sequence[Result], works: Sequence[str] = WORKS) -> list[Criterion]:
+    """Whether the target is called less than once for each token, in the best setting of each work."""
+    found = []
+    for work in works:
+        label, _ = best(results, "accepted_per_call", work=work, batch=1)
+        values = [
+            value
+            for one in results
+            if one.setting.label == label
+            for value in values_of([one], "calls_per_token", work=work, batch=1)
+        ]
+        statement = f"on {work}, the target is called less than once for each token ({label})"
+        found.append(criterion(f"calls on {work}", statement, values, "<", 1.0))
+    return found
+
+
+def faster(
+    results: Sequence[Result], works: Sequence[str] = WORKS, than: float = 1.0, essential: bool = False
+) -> list[Criterion]:
+    """Whether one text at a time takes less time than token by token, in the best setting of each work."""
+    found = []
+    for work in works:
+        label, ratios = best(results, "speedup", work=work, batch=1)
+        statement = f"one text at a time, {work} is more than {than:g} times as fast as token by token ({label})"
+        found.append(criterion(f"faster on {work}", statement, ratios, ">", than, essential))
+    return found
+
+
+def accepts_more(
+    results: Sequence[Result], method: str, other: str, works: Sequence[str] = WORKS, essential: bool = False
+) -> list[Criterion]:
+    """Whether a call brings more tokens than by another method that was surveyed on the same prompts."""
+    found = []
+    for work in works:
+        own, theirs = (_accepted(results, name, work) for name in (method, other))
+        statement = f"on {work}, a call accepts more guesses by {method} than by {other}; the difference, by seed"
+        differences = [own[seed] - theirs[seed] for seed in own]
+        found.append(
+            criterion(f"more than {other.partition(':')[0]} on {work}", statement, differences, ">", 0, essential)
+        )
+    return found
+
+
+def cheaper_drafts(results: Sequence[Result], method: str, other: str, works: Sequence[str] = WORKS) -> list[Criterion]:
+    """Whether drafting takes less of the time, for each call of the target, than by another method."""
+    found = []
+    for work in works:
+        own, theirs = (_draft_per_call(results, name, work) for name in (method, other))
+        statement = f"on {work}, drafting takes less time, measured in that of a call, by {method} than by {other}"
+        ratios = [own[seed] / theirs[seed] for seed in own]
+        found.append(criterion(f"cheaper than {other.partition(':')[0]} on {work}", statement, ratios, "<", 1.0))
+    return found
+
+
+def _draft_per_call(results: Sequence[Result], method: str, work: str) -> Mapping[int, float]:
+    """Seconds of drafting for each second of verifying, by seed, one text at a time."""
+    chosen = [one for one in results if (one.setting.label, one.work, one.batch) == (method, work, 1)]
+    return {one.seed: float(one.values["drafting_share"] / one.values["verifying_share"]) for one in chosen}
+
+
+def by_depth(
+    model: Model, draft: Model | None, prompts: Sequence[str | list[int]], laps: Laps, temperature: float
+) -> dict[str, float]:
+    """For settings' `extra`: of the guesses at each depth whose line had stood so far, the share that stands too."""
+    events = [event for one in laps.outputs for event in one.trace]
+    found = {}
+    for depth in range(max(event.depth for event in events)):
+        tried = [event for event in events if event.depth > depth and event.accepted >= depth]
+        if tried:
+            found[f"stands at depth {depth + 1}"] = sum(event.accepted > depth for event in tried) / len(tried)
+    return found
+
+
+def _accepted(results: Sequence[Result], method: str, work: str) -> Mapping[int, float]:
+    """Guesses accepted in a call, by seed, one text at a time."""
+    chosen = [one for one in results if (one.setting.label, one.work, one.batch) == (method, work, 1)]
+    return {one.seed: float(one.values["accepted_per_call"]) for one in chosen}
+
+
+def accepts_more_than_without(
+    budget: Budget, results: Sequence[Result], method: str, part: str, recipe: str, work: str = "code"
+) -> Criterion:
+    """Whether a call brings more tokens than with a guide that lacks a part of it, trained by that recipe."""
+    own = _accepted(results, method, work)
+    budget.units.expect(len(own))
+    model, differences = model_named(work), []
+    for seed, accepted in own.items():
+
+        def measure(seed: int = seed) -> dict[str, float]:
+            guide = load(trained(recipe))
+            prompts, _ = fitted(model, [guide], examples(work, budget.examples, seed), budget.max_new_tokens)
+            outputs = generate(model, prompts, method, batch=1, draft=guide, max_new_tokens=budget.max_new_tokens)
+            calls = sum(one.calls for one in outputs)
+            return {"accepted_per_call": sum(one.accepted for one in outputs) / calls}
+
+        without = budget.units.measure(f"{work}, {method} without {part}, seed {seed}", measure)
+        differences.append(accepted - without["accepted_per_call"])
+    statement = f"on {work}, a call accepts more guesses than without {part}; the difference, by seed"
+    return criterion(f"{part} help", statement, differences, ">", 0)
