@@ -154,7 +154,7 @@ EXAMPLES: dict[str, Callable[[], Described]] = {
     "Window": lambda: window(3),
     "YarnScaling": lambda: YarnScaling(4.0, 64, 16.0, 2.0, 1.5, False),
 }
-BASES = {"Part", "Position", "Mask", "Scaling", "Guide", "Attending"}  # only ever subclassed
+BASES = {"Part", "Position", "Mask", "Scaling", "Guide", "Attending", "SecondDecoder"}  # only ever subclassed
 MODULES = sorted(name for name in EXAMPLES if isinstance(EXAMPLES[name](), Part))
 DIFFER = set(EXAMPLES) - {"Decoder", "Encoder", "EncoderDecoder"}
 
