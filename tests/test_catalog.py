@@ -84,7 +84,7 @@ def test_an_unknown_paper_is_told_with_the_nearest():
         ("speculative sampling", "speculative-sampling"),
         ("Jacobi", "parallel-jacobi-decoding"),
         ("iterating equations", "parallel-jacobi-decoding"),
-        ("small draft models", "speculative-sampling"),
+        ("modified rejection of drafts", "speculative-sampling"),
         ("correct grammar", "aggressive-decoding"),
         *((slug, slug) for slug in SLUGS),
     ],

@@ -56,16 +56,16 @@ def ship(name: str, trained: Trained, out: Path) -> Path:
 def trained(name: str) -> Path:
     """The folder of what a recipe makes: where it does not ship, it is trained into the cache, once, resumably.
 
-    What lies in the cache counts as long as the file that defines the recipe is the same.
+    What lies in the cache counts as long as the files that define the recipe are the same.
     """
     if name in (*shipped(), *guides()):
         return locate(name)
     known = recipes()
     if name not in known:
         raise unknown("recipe", name, known)
-    source = inspect.getsourcefile(inspect.unwrap(known[name].run))
-    assert source is not None
-    out = cache() / "trained" / f"{name}-{hashlib.sha256(Path(source).read_bytes()).hexdigest()[:16]}"
+    sources = {inspect.getfile(inspect.unwrap(one)) for one in (known[name].run, *known[name].parts)}
+    digest = hashlib.sha256(b"".join(Path(source).read_bytes() for source in sorted(sources))).hexdigest()[:16]
+    out = cache() / "trained" / f"{name}-{digest}"
     if not (out / "model" / "README.md").exists():
         train_and_ship(name, out, None, resume=out.exists())
     return out / "model"

@@ -10,6 +10,7 @@ import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from formery.errors import FormeryError, unknown
 from formery.models import Guide, Model
@@ -39,11 +40,15 @@ class Trained:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe by its name; run(out, max_steps, resume) trains."""
+    """A recipe by its name; run(out, max_steps, resume) trains.
+
+    parts: functions of a paper's file that it is made of.
+    """
 
     name: str
     description: str
     run: Callable[[Path, int | None, bool], Trained]
+    parts: tuple[Callable[..., Any], ...] = ()
 
 
 RECIPES: dict[str, Recipe] = {}

@@ -90,7 +90,8 @@ def guide_recipe(
     def run(out: Path, max_steps: int | None, resume: bool) -> Trained:
         return train_guide(target, make, objective, plan, out, max_steps, resume, batch_size)
 
-    return register(Recipe(plan.label, f"a guide by which {method} drafts for the model `{target}`", run))
+    description = f"a guide by which {method} drafts for the model `{target}`"
+    return register(Recipe(plan.label, description, run, (make, objective)))
 
 
 def frozen(model: Model) -> Model:

@@ -1,0 +1,1 @@
+"""Methods that decide which layers run."""
