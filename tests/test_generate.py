@@ -253,7 +253,7 @@ def test_every_method_says_what_it_is() -> None:
     for name, method in METHODS.items():
         assert method.name == name
         assert method.summary
-        assert not method.guided or method.needs_draft
+        assert not method.guided or method.takes_draft
         for variant in method.variants:
             assert find(f"{name}:{variant}")[0] is method
 

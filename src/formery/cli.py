@@ -179,7 +179,7 @@ def generate(
 
     discover()
     method = method or ("sampling" if temperature else "greedy")
-    needs_draft = find(method)[0].needs_draft
+    takes_draft = find(method)[0].takes_draft
     loaded = writing(load(str(model), **how(dtype, quantize, compile)), str(model))
     texts = list(prompts or [])
     if input is not None:
@@ -193,9 +193,9 @@ def generate(
     settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     settings["repetition_penalty"] = repetition_penalty
     options |= {name: value for name, value in settings.items() if value is not None}
-    if draft is not None and not needs_draft:
+    if draft is not None and not takes_draft:
         raise FormeryError(f"{method} takes no draft: leave --draft out, or add --method speculative-sampling.")
-    if needs_draft:
+    if takes_draft:
         from formery.evidence.compare import draft_for
 
         options["draft"] = draft_for(str(model), draft, method)

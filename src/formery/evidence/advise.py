@@ -130,13 +130,13 @@ class _Advisor:
         """What each method drafts with, where there is one."""
         found, missing = {}, []
         given = None if draft is None else load(draft)
-        for method in lossless():
-            if method.needs_draft:
+        for method in lossless(self.model):
+            if method.takes_draft:
                 fits = given is not None and method.guided == isinstance(given, Guide)
-                if fits or method.draft_of(self.name) in (*shipped(), *guides()):
-                    found[method.name] = draft_for(self.name, given if fits else None, method.name)
-                else:
+                if not fits and method.needs_draft and method.draft_of(self.name) not in (*shipped(), *guides()):
                     missing.append(method.name)
+                elif (own := draft_for(self.name, given if fits else None, method.name)) is not None:
+                    found[method.name] = own
         if missing:
             self.notes.append(
                 f"{', '.join(missing)}: needs a smaller model with this one's tokenizer, or a guide that was trained "
@@ -217,14 +217,14 @@ class _Advisor:
 
     def _drafters(self) -> Iterator[tuple[str, Callable[[], Drafter]]]:
         """The name of each setting of each lossless method, and what makes its drafter."""
-        for method in lossless():
+        for method in lossless(self.model):
             make = drafter_of(method)
             if method.needs_draft and method.name not in self.drafts:
                 continue
             if make is None:
                 self.notes.append(f"{method.name} is no drafter on the shared loop: `formery compare` measures it.")
                 continue
-            own = {"draft": self.drafts[method.name]} if method.needs_draft else {}
+            own = {"draft": self.drafts[method.name]} if method.name in self.drafts else {}
             for name in settings_of(method):
                 yield name, partial(make, **find(name)[1], **own)
 

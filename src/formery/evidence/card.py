@@ -37,15 +37,17 @@ def train_and_ship(name: str, out: Path, max_steps: int | None, resume: bool) ->
 def ship(name: str, trained: Trained, out: Path) -> Path:
     """Writes the best weights in 16 bits, with tokenizer, loss curve and card, and gives the folder.
 
-    What the card reports is measured on the stored weights.
+    What the card reports is measured on the stored weights. What was gathered, not trained, is taken as it is.
     """
-    if trained.result.best_weights is None:
-        raise FormeryError(f"{out} has no evaluated weights to ship.")
-    load_weights(trained.model, trained.result.best_weights)
+    if trained.plans:
+        if trained.result.best_weights is None:
+            raise FormeryError(f"{out} has no evaluated weights to ship.")
+        load_weights(trained.model, trained.result.best_weights)
     folder = out / "model"
     save(trained.model, folder, torch.float16)
     results = guessed(name, trained, folder) if isinstance(trained.model, Guide) else measured(trained, folder)
-    shutil.copyfile(out / "curve.png", folder / "curve.png")
+    if trained.plans:
+        shutil.copyfile(out / "curve.png", folder / "curve.png")
     with atomic_write(folder / "results.json") as path:
         path.write_text(json.dumps(results, indent=1) + "\n")
     with atomic_write(folder / "README.md") as path:
@@ -116,22 +118,17 @@ def scores(model: Model, work: Work[Any], examples: Sequence[Example], method: s
 
 def card(name: str, trained: Trained, results: Results) -> str:
     """The model card, as Markdown."""
-    model, result, plans = trained.model, trained.result, trained.plans
+    model = trained.model
     guide = isinstance(model, Guide)
     work = work_named(trained.work)
-    seeds = " and ".join(str(plan.seed) for plan in plans)
-    versions = f"Python {platform.python_version()}, PyTorch {torch.__version__.split('+')[0]}"
-    best = ", ".join(f"{key} {value:.4g}" for key, value in result.best_scores.items())
     takes = f"at most {getattr(model, 'max_length', None)} tokens; vocabulary of {model.vocabulary:,} byte pairs."
     data = f"the train split of the work `{work.name}`"
     facts = {
-        "Parameters": f"{model.parameter_count():,}, stored in 16 bits, computed in 32.",
-        **({"For": f"the model `{work.name}` alone, whose last vectors it reads."} if guide else {"Takes": takes}),
+        "Parameters": f"{model.parameter_count():,}, stored in 16 bits{', computed in 32' if trained.plans else ''}.",
+        **({"For": f"the model `{work.name}` alone."} if guide else {"Takes": takes}),
         "Data": f"{f'what that model writes, greedily, on {data}' if guide else data}. Licence of the text: "
         f"{trained.licence}.",
-        "Recipe": f"`formery train {name}`: {trained.steps:,} steps in {plans[0].precision}, "
-        f"seed {seeds}, {result.seconds / 60:.0f} minutes; {versions}.",
-        "Kept": f"the weights of step {result.best_step:,}, the best on the validation split ({best}).",
+        **made(name, trained),
     }
     lines = [
         f"# {name}",
@@ -141,11 +138,26 @@ def card(name: str, trained: Trained, results: Results) -> str:
         "\n".join(f"- **{key}**: {value}" for key, value in facts.items()),
         "## Results on the test split",
         "\n".join(["| measure | value |", "|---|---|", *(f"| {k} | {shown(v)} |" for k, v in results.items())]),
-        "![Loss over the steps](curve.png)",
+        *(["![Loss over the steps](curve.png)"] if trained.plans else []),
         "## What it is made of",
         "\n".join(f"    {line}" for line in str(model).splitlines()),
     ]
     return "\n\n".join(lines) + "\n"
+
+
+def made(name: str, trained: Trained) -> dict[str, str]:
+    """How it was made, for the card."""
+    result, plans = trained.result, trained.plans
+    versions = f"Python {platform.python_version()}, PyTorch {torch.__version__.split('+')[0]}"
+    if not plans:
+        return {"Recipe": f"`formery train {name}`, which gathers and learns nothing; {versions}."}
+    seeds = " and ".join(str(plan.seed) for plan in plans)
+    best = ", ".join(f"{key} {value:.4g}" for key, value in result.best_scores.items())
+    return {
+        "Recipe": f"`formery train {name}`: {trained.steps:,} steps in {plans[0].precision}, "
+        f"seed {seeds}, {result.seconds / 60:.0f} minutes; {versions}.",
+        "Kept": f"the weights of step {result.best_step:,}, the best on the validation split ({best}).",
+    }
 
 
 def shown(value: float | str) -> str:

@@ -80,7 +80,7 @@ def unit(budget: Budget, work: str, batch: int, setting: Setting, seed: int) -> 
     """One setting against its baseline on one work, in batches of one size, with one seed."""
     model = model_named(setting.model or work)
     method = find(setting.method)[0]
-    draft = model_named(method.draft_of(work)) if method.needs_draft else None
+    draft = model_named(method.draft_of(work)) if method.takes_draft else None
     prompts, _ = fitted(model, [draft], examples(work, budget.examples, seed), budget.max_new_tokens)
     entrants = [Entrant(setting.baseline), Entrant(setting.method, {} if draft is None else {"draft": draft})]
     common = {"max_new_tokens": budget.max_new_tokens, "seed": seed, "temperature": setting.temperature}

@@ -128,23 +128,30 @@ def compare(
 
 
 def drafts_for(model: str, draft: Model | Guide | str | None, names: Sequence[str]) -> dict[str, Model | Guide]:
-    """What each method that needs one drafts with: the given draft where it is of the method's kind, or the shipped."""
+    """What each method that takes one drafts with: the given draft where it is of the method's kind, or the shipped."""
     given = load(draft) if isinstance(draft, str) else draft
     found = {}
     for name in names:
         method = find(name)[0]
-        if method.needs_draft:
+        if method.takes_draft:
             fits = given is not None and method.guided == isinstance(given, Guide)
-            found[name] = draft_for(model, given if fits else None, name)
+            own = draft_for(model, given if fits else None, name)
+            if own is not None:
+                found[name] = own
     return found
 
 
-def draft_for(model: str, draft: Model | Guide | str | None, name: str) -> Model | Guide:
-    """What a method drafts with: the given draft, or the one that ships with the shipped model of that name."""
+def draft_for(model: str, draft: Model | Guide | str | None, name: str) -> Model | Guide | None:
+    """What a method drafts with: the given draft, or the one that ships with the shipped model of that name.
+
+    None where there is none and it can do without.
+    """
     method = find(name)[0]
     if draft is None:
         draft = method.draft_of(model)
         if draft not in (*shipped(), *guides()):
+            if not method.needs_draft:
+                return None
             raise FormeryError(
                 f"{method.name} drafts with a guide that is trained on the model, and none ships for {model}; "
                 "train one, and name it as the draft."

@@ -174,10 +174,11 @@ def option(model: str, draft: str | None, kind: Kind, name: str, gained: Factor,
     words += [word for key in ("dtype", "quantize") if key in load for word in (f"--{key}", load[key])]
     words += ["--no-compile"] if load.get("compile") is False else []
     words += [] if method == "greedy" else ["--method", method]
-    words += ["--draft", draft] if found.needs_draft and draft is not None else []
+    words += ["--draft", draft] if found.takes_draft and draft is not None else []
     loading = ", ".join([repr(model), *(f"{key}={value!r}" for key, value in load.items())])
     given = [f"formery.load({loading})", "prompts", *([] if method == "greedy" else [repr(found.name)])]
-    given += [f"draft=formery.load({draft or found.draft_of(model)!r})"] if found.needs_draft else []
+    if found.takes_draft and (own := draft or (found.draft_of(model) if found.needs_draft else None)):
+        given.append(f"draft=formery.load({own!r})")
     given += [f"{key}={value!r}" for key, value in named.items()]
     given += [f"batch={batch}"] if batch > 1 else []
     # There is no command for a batch.
@@ -215,7 +216,7 @@ def measured(
     other = load(name, **chosen.load) if chosen.load else model
     prompts = list(islice(cycle(sources), chosen.batch)) if chosen.batch > 1 else list(sources)
     method = find(chosen.method)[0]
-    own: dict[str, Any] = {"draft": drafts[method.name]} if method.needs_draft else {}
+    own: dict[str, Any] = {"draft": drafts[method.name]} if method.name in drafts else {}
 
     def rate(plain: bool, some: Sequence[Source]) -> float:
         began = time.perf_counter()

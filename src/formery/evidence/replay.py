@@ -10,7 +10,7 @@ import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from statistics import median
 
 import torch
@@ -140,9 +140,11 @@ class Replay:
 class _Hindsight(Verdict):
     """A verdict read off the known text; the target is asked only when its other choices are looked at."""
 
-    def __init__(self, path: list[int], emitted: list[int], ask: Callable[[], list[int]], hidden: Tensor) -> None:
+    def __init__(
+        self, path: list[int], draft: Draft, emitted: list[int], ask: Callable[[], list[int]], hidden: Tensor
+    ) -> None:
         self.accepted, self.path, self.emitted, self.guarded, self._ask = len(path), path, emitted, 0, ask
-        self.hidden = hidden
+        self.draft, self.hidden = draft, hidden
 
     @cached_property
     def choices(self) -> list[int]:  # type: ignore[override]
@@ -158,6 +160,10 @@ class _Oracle:
         self.judge = Judge(self.model, self.settings, modified_rejection, not self.target.state.exact)
         self.asked = False
         self.seconds = 0.0
+
+    def choices(self, before: int, draft: Draft) -> list[int]:
+        """What the target says behind each token of the draft."""
+        return self.verdict(before, draft).choices
 
     def verdict(self, before: int, draft: Draft) -> Verdict:
         """The target's own, where `before` tokens are written; its state then holds what stands."""
@@ -205,7 +211,7 @@ def replay(
         done.accepted += min(len(path), len(row.output) - before)
         at = len(known.prefix) - 1 + before
         seen = hidden[at : at + len(path) + 1]
-        verdict = _Hindsight(path, ahead[: len(path) + 1], lambda: oracle.verdict(before, draft).choices, seen)  # noqa: B023
+        verdict = _Hindsight(path, draft, ahead[: len(path) + 1], partial(oracle.choices, before, draft), seen)
         began, asking = time.perf_counter(), oracle.seconds
         drafter.observe([row], [verdict])
         done.drafting += time.perf_counter() - began - (oracle.seconds - asking)
@@ -238,11 +244,12 @@ def drafter_of(method: Method) -> Callable[..., Drafter] | None:
     return found if callable(found) else None
 
 
-def lossless() -> Iterator[Method]:
-    """The methods that write greedy decoding's own text in another way."""
+def lossless(model: Model) -> Iterator[Method]:
+    """The methods that write the model's greedy text in another way."""
     importlib.import_module("formery.methods").discover()  # papers lie above this room
     for method in METHODS.values():
-        if method.lossless and method is not GREEDY and not method.defaults.get("temperature"):
+        exact = method.lossless and method is not GREEDY and not method.defaults.get("temperature")
+        if exact and method.suits(model):
             yield method
 
 

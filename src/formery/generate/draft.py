@@ -107,8 +107,8 @@ class Verdict:
 
     accepted: how many of the drafted tokens stand. emitted: the tokens now written. choices: the target's likeliest
     token after each token that was fed, also after rejected ones. guarded: how many near ties were decided apart.
-    path: the places of the drafted tokens that stand. hidden: the target's last vectors at the row's last token and at
-    those that stand.
+    path: the places of the drafted tokens that stand. draft: what was checked, which may be less than was proposed.
+    hidden: the target's last vectors at the row's last token and at those that stand.
     """
 
     accepted: int
@@ -116,6 +116,7 @@ class Verdict:
     choices: list[int]
     guarded: int = 0
     path: list[int] = field(default_factory=list)
+    draft: Draft = field(default_factory=Draft)
     hidden: Float[Tensor, "accepted+1 width"] | None = None
 
 

@@ -82,7 +82,7 @@ class Judge:
             if place is not None:
                 path.append(place)
                 written.append(draft.tokens[place])
-        return Verdict(len(path), [*written, choices[at]], choices, guarded, path)
+        return Verdict(len(path), [*written, choices[at]], choices, guarded, path, draft)
 
     def _sample(self, row: Row, draft: Draft, logits: Tensor, choices: list[int]) -> Verdict:
         path: list[int] = []
@@ -99,7 +99,7 @@ class Judge:
                     break
                 left = rest / rest.sum()
             else:
-                return Verdict(len(path), [*written, draw(left, row.random.random())], choices, 0, path)
+                return Verdict(len(path), [*written, draw(left, row.random.random())], choices, 0, path, draft)
             path.append(child)
             written.append(token)
             place = child

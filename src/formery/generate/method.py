@@ -25,7 +25,8 @@ class Method:
     lossless: greedy gives the very tokens of plain greedy, sampling the target's very distribution.
     make: makes the decoding from the method's own options, which are its keyword parameters.
     defaults: settings that it starts from. variants: option texts worth comparing ("form=plain").
-    paper: the slug of the paper it comes from, if it has one here. module: where it is registered, by `register`.
+    paper: the slug of the paper it comes from, if it has one here. kinds: of models that it is for. module: where it is
+    registered, by `register`.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Method:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     variants: tuple[str, ...] = ()
     paper: str | None = None
+    kinds: tuple[str, ...] = ("decoder", "encoder-decoder")
     module: str = ""
 
     @property
@@ -43,14 +45,23 @@ class Method:
         return dict(inspect.signature(self.make).parameters)
 
     @property
-    def needs_draft(self) -> bool:
-        """Whether it needs a second, smaller model, or a guide."""
+    def takes_draft(self) -> bool:
+        """Whether it drafts with a second, smaller model, or a guide."""
         return "draft" in self.options
+
+    @property
+    def needs_draft(self) -> bool:
+        """Whether it cannot do without one."""
+        return self.takes_draft and self.options["draft"].default is inspect.Parameter.empty
 
     @property
     def guided(self) -> bool:
         """Whether that is a guide, which is trained for this method and one model."""
-        return self.needs_draft and self.options["draft"].annotation is Guide
+        return self.takes_draft and self.options["draft"].annotation in (Guide, Guide | None)
+
+    def suits(self, model: Model) -> bool:
+        """Whether it is for models of that kind."""
+        return ("encoder-decoder" if model.reads_apart else "decoder") in self.kinds
 
     def draft_of(self, model: str) -> str:
         """The name of the draft, or guide, that ships with the shipped model of that name, if one does."""
@@ -130,8 +141,8 @@ def _value(text: str) -> Any:
 def _fits(value: Any, kind: Any) -> bool:
     if kind == Model:
         return isinstance(value, Module) and not isinstance(value, Guide)
-    if kind is Guide:
-        return isinstance(value, Guide)
+    if kind in (Guide, Guide | None):
+        return isinstance(value, Guide) or (value is None and kind is not Guide)
     if kind not in (bool, int, float, str):
         return True
     return isinstance(value, kind) or (kind is float and isinstance(value, int))

@@ -22,7 +22,8 @@ from formery.train.plan import Plan
 class Trained:
     """What a recipe made: the model or guide with its last weights, how the run ended, and the work that it is for.
 
-    steps: of the whole recipe. plans: of its stages. licence: of the text that it was trained on.
+    steps: of the whole recipe. plans: of its stages, none where it was gathered and not trained. licence: of the text
+    that it was trained on.
     """
 
     model: Model | Guide

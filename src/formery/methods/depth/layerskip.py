@@ -109,7 +109,7 @@ METHOD = register(
         "the first layers draft, the others go on from what they left",
         lossless=True,
         make=drafting(LayerSkipDrafter),
-        variants=("exit=1", "exit=2"),
+        variants=("exit=1",),
         paper="layerskip",
     )
 )

@@ -126,6 +126,7 @@ METHOD = register(
         lossless=True,
         make=drafting(HybridDrafter),
         paper="hybrid-decoding",
+        kinds=("encoder-decoder",),
     )
 )
 
