@@ -24,7 +24,7 @@ class Parser(argparse.ArgumentParser):
 def parser() -> Parser:
     """All options."""
     top = Parser(prog="python -m bench", description="Formery timed beside other people's programs.")
-    commands = top.add_subparsers(dest="command", required=True, metavar="|".join((*WORKS, "plot")))
+    commands = top.add_subparsers(dest="command", required=True, metavar="|".join((*WORKS, "drafting", "plot")))
     for work in WORKS:
         one = commands.add_parser(work, help=f"on {' and '.join(MODELS[work])}")
         one.add_argument("--json", type=Path, metavar="FILE", help="write machine, rows and versions there")
@@ -33,6 +33,10 @@ def parser() -> Parser:
         one.add_argument("--dtype", metavar="A,B", help="only these of float32, bfloat16, int8, int4")
         one.add_argument("--models", metavar="A,B", help="only these")
         one.add_argument("--quick", action="store_true", help="tiny models, to see that all works")
+    drafting = commands.add_parser("drafting", help="every drafting method on the shipped models")
+    drafting.add_argument("--json", type=Path, metavar="FILE", help="write machine, rows and versions there")
+    drafting.add_argument("--models", metavar="A,B", help="only these of code, translate")
+    drafting.add_argument("--quick", action="store_true", help="a few prompts, to see that all works")
     plot = commands.add_parser("plot", help="a bar chart of results")
     plot.add_argument("results", nargs="+", type=Path, metavar="RESULTS.json")
     plot.add_argument("--out", type=Path, default=Path("speed.png"), metavar="FILE")
@@ -48,6 +52,10 @@ def main(arguments: list[str] | None = None) -> int:
 
             plot(asked.results, asked.out)
             return 0
+        if asked.command == "drafting":
+            from bench.drafting import measure
+
+            return measure(asked)
         return _measure(asked)
     except FormeryError as error:
         print(f"bench: {error}", file=sys.stderr)

@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench import cases as works
+from bench import drafting
 from bench.__main__ import main
 from bench.limits import BUFFER, SIDE, least_seconds
 from bench.race import Entrant, order, race
 from bench.rows import Row, first_difference, rows_of
 from bench.systems import KNOWN, OURS, REFERENCE
+from formery.generate import Event, Generation
 
 CASE = works.cases("decode", ["float32"], ["gpt2-tiny"], quick=True)[0]
 seconds = st.floats(1e-3, 1e3)
@@ -146,3 +148,30 @@ def test_from_weights_to_a_picture(
     assert main(["plot", str(results), "--out", str(tmp_path / "speed.svg")]) == 0
     assert "<svg" in (tmp_path / "speed.svg").read_text()
     assert not list(tmp_path.rglob("*.part"))
+
+
+def written(*calls: tuple[list[int], list[int], list[int]]) -> Generation:
+    """What calls wrote: the guesses of each, the places of those that stand, and the tokens that it added."""
+    made = Generation([1])
+    for drafted, path, emitted in calls:
+        made.add(Event(0, drafted, path=path, emitted=emitted, draft_seconds=0.25, verify_seconds=0.5))
+    return made
+
+
+def test_figures_of_drafting_come_from_the_trace() -> None:
+    one = written(([5, 6, 7], [0, 1], [5, 6, 9]), ([4, 4], [], [8]), ([3], [0], [3, 2]))
+    plain = written(*(([], [], [token]) for token in (5, 6, 9, 8, 3, 1)))
+    case = drafting.Case("code", 1, 6, 1)
+    row = drafting.row(case, "medusa", drafting.Laid([one], [3.0], [2.0]), drafting.Laid([plain], [6.0], [1.0]))
+    assert row.identical == 0
+    assert (row.calls_per_token, row.accepted_per_call) == (0.5, 1.0)
+    assert row.by_depth == [2 / 3, 1.0, 0.0]
+    assert (row.drafting, row.verifying, row.besides) == (0.25, 0.5, 0.25)
+    assert row.speedup == (2.0, 2.0, 2.0) and row.error is None
+    row.predicted = 3.0
+    assert row.error == pytest.approx(0.5)
+
+
+def test_works_that_are_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["drafting", "--models", "poems"]) == 2
+    assert "there are code and translate" in capsys.readouterr().err

@@ -67,14 +67,16 @@ def advise(
     max_new_tokens: int = 64,
     seconds: float = 40.0,
     confirm: bool = False,
+    methods: Sequence[str] | None = None,
     progress: Progress = quiet,
 ) -> Advice:
     """Profiles a model on this machine and says what would help.
 
     model: as `load` takes it. prompts: a file of them, or examples; by default those of a shipped model's own work.
     draft: for methods that need one; by default the one that ships. seconds: about as long the profile may take; slow
-    models get fewer and shorter texts. confirm: run the best recommendations too. Raises FormeryError for an encoder,
-    where there are no prompts, and where `load` does.
+    models get fewer and shorter texts. confirm: run the best recommendations too. methods: the settings that are
+    predicted, by default each lossless method in a few lengths. Raises FormeryError for an encoder, where there are no
+    prompts, and where `load` does.
     """
     if max_new_tokens < 2:
         raise FormeryError(f"a text of {max_new_tokens} new tokens tells nothing of decoding; ask for 2 or more.")
@@ -85,7 +87,7 @@ def advise(
         given = read_prompts(prompts, lines=loaded.reads_apart) if isinstance(prompts, str) else list(prompts)
     if not given:
         raise FormeryError("there are no prompts to profile the model on; give at least one.")
-    advisor = _Advisor(model, loaded, given[:PROMPTS], draft, max_new_tokens, seconds, progress)
+    advisor = _Advisor(model, loaded, given[:PROMPTS], draft, max_new_tokens, seconds, methods, progress)
     advice = advisor.advice()
     advice = replace(advice, seconds=time.perf_counter() - began)
     if confirm:
@@ -109,9 +111,11 @@ class _Advisor:
         draft: str | None,
         max_new_tokens: int,
         seconds: float,
+        methods: Sequence[str] | None,
         progress: Progress,
     ) -> None:
         self.name, self.model, self.seconds, self.progress = name, model, seconds, progress
+        self.methods = methods
         self.notes: list[str] = []
         self._option = partial(option, name, draft)
         self.drafts = self._drafts(draft)
@@ -225,7 +229,8 @@ class _Advisor:
                 self.notes.append(f"{method.name} is no drafter on the shared loop: `formery compare` measures it.")
                 continue
             own = {"draft": self.drafts[method.name]} if method.name in self.drafts else {}
-            for name in settings_of(method):
+            known = settings_of(method) if self.methods is None else self.methods
+            for name in (one for one in known if find(one)[0] is method):
                 yield name, partial(make, **find(name)[1], **own)
 
     def _profile(self, at: Known) -> Profile:
