@@ -9,6 +9,7 @@ from formery.errors import FormeryError
 from formery.generate.draft import Draft, Row, Verdict, stream_of
 from formery.generate.sampler import draw, penalised, probabilities
 from formery.generate.settings import Settings
+from formery.generate.stopping import end_tokens
 from formery.generate.target import Target
 from formery.models import Model
 
@@ -16,8 +17,8 @@ from formery.models import Model
 class ModelDrafter:
     """Drafts `length` tokens with a smaller model of the same vocabulary, greedily or by the target's settings.
 
-    Its state holds a prefix of each row's tokens. After a verdict it is rolled back to what stands; the tokens that
-    it lacks are read together with the next draft.
+    Nothing is drafted behind the end of a text. Its state holds a prefix of each row's tokens; after a verdict it is
+    rolled back to what stands, and the tokens that it lacks are read together with the next draft.
     """
 
     def __init__(self, draft: Model, length: int = 3):
@@ -28,6 +29,7 @@ class ModelDrafter:
     def begin(self, target: Target, rows: Sequence[Row], settings: Settings) -> None:
         check_vocabulary(target.model, self.draft)
         self.settings = settings
+        self.ends = end_tokens(target.model) if settings.stop_tokens is None else settings.stop_tokens
         self.target = Target(self.draft, [row.source for row in rows], settings)
         self.random = [stream_of(settings.seed, row.index, "draft") for row in rows]
 
@@ -35,8 +37,8 @@ class ModelDrafter:
         drafts = [Draft([], [] if self.settings.temperature > 0 else None) for _ in rows]
         # Each row drafts as many tokens as it would alone: what it draws must not depend on its neighbours.
         lengths = [min(self.length, room, self._left(row)) for row, room in zip(rows, rooms, strict=True)]
-        state = self.target.state
-        for step in range(max(lengths)):
+        state, step = self.target.state, 0
+        while step < max(lengths):
             read = state.lengths
             unread = [
                 (row.tokens + draft.tokens)[start:] if length > step else []
@@ -46,7 +48,11 @@ class ModelDrafter:
             state.rollback([start + len(tokens) for start, tokens in zip(read, unread, strict=True)])
             for i, (row, draft) in enumerate(zip(rows, drafts, strict=True)):
                 if unread[i]:
-                    draft.tokens.append(self._choose(i, row, draft, logits[i, len(unread[i]) - 1]))
+                    token = self._choose(i, row, draft, logits[i, len(unread[i]) - 1])
+                    draft.tokens += [] if token is None else [token]
+                    if token is None or token in self.ends:
+                        lengths[i] = len(draft.tokens)
+            step += 1
         return drafts
 
     def _left(self, row: Row) -> int:
@@ -54,7 +60,8 @@ class ModelDrafter:
         limit = self.draft.max_length
         return self.length if limit is None else limit + 1 - len(row.tokens)
 
-    def _choose(self, i: int, row: Row, draft: Draft, logits: Float[Tensor, "vocabulary"]) -> int:
+    def _choose(self, i: int, row: Row, draft: Draft, logits: Float[Tensor, "vocabulary"]) -> int | None:
+        """The next guess; None ends the draft before it, whatever it would have been."""
         history, first = row.tokens + draft.tokens, not row.output and not draft.tokens
         if draft.probabilities is None:
             return int(penalised(logits, history, self.settings, first).argmax())

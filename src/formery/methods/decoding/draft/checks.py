@@ -1,7 +1,9 @@
 """What the checks of drafting methods share: the criteria that each of them is held to."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
+from formery.data.works import work as work_named
 from formery.evidence.card import trained
 from formery.evidence.checks import (
     WORKS,
@@ -14,11 +16,15 @@ from formery.evidence.checks import (
     survey,
     values_of,
 )
-from formery.evidence.measured import Budget
+from formery.evidence.measured import Budget, Row, spread
 from formery.evidence.race import Laps, fitted
 from formery.evidence.verdict import Criterion
 from formery.generate import generate
+from formery.generate.method import find
 from formery.models import Model, load
+
+SCORED = 200  # test examples that are scored, for each example of a budget
+TOGETHER = 25  # of them in a batch
 
 
 def surveyed(
@@ -140,3 +146,68 @@ def accepts_more_than_without(
         differences.append(accepted - without["accepted_per_call"])
     statement = f"on {work}, a call accepts more guesses than without {part}; the difference, by seed"
     return criterion(f"{part} help", statement, differences, ">", 0)
+
+
+def qualities(budget: Budget, methods: Sequence[str], work: str) -> dict[str, float]:
+    """How good the texts of each method are, by the first measure of the work, on many of its test examples."""
+    budget.units.expect(len(methods))
+    name = next(iter(work_named(work).higher_is_better))
+    return {
+        method: budget.units.measure(f"{work}, {name} of {method}", partial(_quality, budget, method, work))[name]
+        for method in methods
+    }
+
+
+def _quality(budget: Budget, method: str, work: str) -> dict[str, float]:
+    found, model = find(method)[0], model_named(work)
+    drafts = {"draft": model_named(found.draft_of(work))} if found.needs_draft else {}
+    some = examples(work, SCORED * budget.examples, budget.seeds[0])
+    prompts, _ = fitted(model, list(drafts.values()), some, budget.max_new_tokens)
+    outputs = generate(model, prompts, method, batch=TOGETHER, max_new_tokens=budget.max_new_tokens, **drafts)
+    measures = work_named(work).quality([one.text for one in outputs], some)
+    return {name: value for name, value in measures.items() if not isinstance(value, str)}
+
+
+def quality_rows(scores: Mapping[str, float], work: str) -> list[Row]:
+    """A row for each method whose texts were scored."""
+    name = next(iter(work_named(work).higher_is_better))
+    return [Row(work, method, TOGETHER, {name: spread([value])}) for method, value in scores.items()]
+
+
+def faster_at_little_loss(
+    results: Sequence[Result],
+    scores: Mapping[str, float],
+    methods: Sequence[str],
+    work: str,
+    faster: float,
+    loss: float,
+    baseline: str = "greedy",
+) -> list[Criterion]:
+    """Whether some method loses little against the baseline, and whether the fastest of those that do is fast enough.
+
+    Where none loses so little, the one that loses least is judged.
+    """
+    lost = {method: scores[baseline] - scores[method] for method in methods}
+    least = min(lost, key=lambda one: lost[one])
+    good = [method for method in methods if lost[method] < loss] or [least]
+    label, ratios = best([one for one in results if one.setting.method in good], "speedup", work=work, batch=1)
+    name = next(iter(work_named(work).higher_is_better))
+    return [
+        criterion(
+            f"little loss on {work}",
+            f"some setting loses less than {loss:g} {name} against {baseline} on {work} ({least})",
+            [lost[least]],
+            "<",
+            loss,
+            essential=True,
+        ),
+        criterion(
+            f"faster at little loss on {work}",
+            f"of the settings that lose so little, one text at a time the fastest is at least {faster:g} times as fast "
+            f"as token by token ({label})",
+            ratios,
+            ">=",
+            faster,
+            essential=True,
+        ),
+    ]
