@@ -31,8 +31,12 @@ class Sections:
         self.decoder = decoder
         self.layers = [nn.ModuleList(decoder.layers[first:last]) for first, last in pairwise(edges)]
         self.norms: list[nn.Module | None] = [*[None] * len(cuts), decoder.norm]
+        # How often each part that remembers has run before each section.
+        self.remembering: list[Counter[nn.Module]] = [Counter()]
         for layers in self.layers:
             layers.training = decoder.training  # of the list alone: a new one says that it is
+            found = Counter(part for layer in layers for part in layer.modules() if hasattr(part, "start"))
+            self.remembering.append(self.remembering[-1] + found)
         known, width = None if state is None else state.pieces, decoder.embedding.width
         with torch.no_grad(), using(decoder.compiled):
             self.pieces = [
@@ -55,9 +59,7 @@ class Sections:
         before: how many sections the pass leaves out at its beginning.
         """
         context = self.decoder.context(time, state, positions, visible)
-        context.turns = Counter(
-            part for layers in self.layers[:before] for part in layers.modules() if hasattr(part, "start")
-        )
+        context.turns.update(self.remembering[before])
         return context
 
     def embedded(self, tokens: Int[Tensor, "batch time"], context: Context) -> Float[Tensor, "batch time width"]:

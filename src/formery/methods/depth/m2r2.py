@@ -11,8 +11,8 @@ L / R layers it stands where the slow one will stand at the end, so that the mod
 it. Only the adapters are trained, on what the frozen model makes of its own text: the distance of each `p_i` to
 `h_{R·i}`, and the model's whole distribution behind the last one.
 
-Decoding, both streams of a token go through the first layers together; when the draft is made, the slow one goes on
-from there through the others for all guesses at once, which checks them. The rate here is 2. The adapters' form and
+Decoding, both streams of a token go through the first layers; when the draft is made, the slow one goes on from there
+through the others for all guesses at once, which checks them. The rate here is 2. The adapters' form and
 place, and the weights of the losses, are of this file: no code of the authors was found.
 
 The paper reports up to 2.8 times faster decoding by such drafts, more than by a second model, Medusa, look-ahead
@@ -83,36 +83,26 @@ class AcceleratedDrafter(SelfDrafter):
         decoder, state, count = self.decoder, target.state, len(self.draft.ranks)
         if not {type(layer) for layer in state.layers.values()} <= {KeyValues, Memory}:
             raise FormeryError("m2r2 shares keys and values between two streams: take a model of attention layers.")
-        self.sections = Sections(decoder, range(1, count + 1), state)
-        self.early = Thin(decoder, state, [*decoder.layers][:count], None)
-        norms = [None] * (count - 1) + [decoder.norm]
-        self.adapters = [
-            Thin(decoder, state, [*self.draft.behind(layer)], norm) if self.draft.ranks[layer] or norm else None
-            for layer, norm in enumerate(norms)
-        ]
+        self.sections = Sections(decoder, [count], state)
+        parts = [part for layer in range(count) for part in (decoder.layers[layer], *self.draft.behind(layer))]
+        self.accelerated = Thin(decoder, state, parts, decoder.norm)
         self.left: list[Float[Tensor, "batch 1 width"]] = []
 
     def read(self, rows: Sequence[Sequence[int]]) -> Float[Tensor, "batch 1 width"]:
         """One more token of each row, or none, in both streams, of which the slow one is remembered."""
-        state, slots, device = self.target.state, self.target.state.slots, device_of(self.decoder)
-        tokens = torch.tensor([[*row, *row] or [0, 0] for row in rows], device=device)
-        positions = torch.tensor(
-            [[length if row else -1] * 2 for row, length in zip(rows, slots.lengths, strict=True)], device=device
-        )
-        # The accelerated one lies behind the slow one, at the same position, and nobody sees it.
-        visible = torch.ones(len(rows), 2, slots.filled + 2, dtype=torch.bool, device=device)
-        visible[range(len(rows)), :, [used + 1 for used in slots.used]] = False
+        state, device, before = self.target.state, device_of(self.decoder), self.target.state.lengths
+        at = torch.tensor([[n if row else -1] for row, n in zip(rows, before, strict=True)], device=device)
         with self.target.packing:
-            context = self.sections.enter(state, 2, positions, visible)
-            both = self.sections.entered(tokens, context)
-            for number, adapter in enumerate(self.adapters):
-                both = self.sections.run(number, both, context)
-                slow, fast = both[:, :1], both[:, 1:]
-                if adapter is not None:
-                    fast = adapter(fast, context)
-                    both = torch.cat((slow, fast), 1)
-        self.left.append(slow)
-        state.settle([[0] if row else [] for row in rows])
+            context = self.sections.enter(state, 1, None if all(rows) else at)
+            entered = self.sections.entered(torch.tensor([row or [0] for row in rows], device=device), context)
+            self.left.append(self.sections.run(0, entered, context))
+            # The accelerated one lies behind the slow one, at the same position, and nobody sees it, not even itself.
+            visible = torch.ones(len(rows), 1, state.slots.filled + 1, dtype=torch.bool, device=device)
+            visible[range(len(rows)), :, state.slots.used] = False
+            fast = self.accelerated(entered, self.sections.enter(state, 1, at, visible))
+        state.settle([[] for _ in rows])
+        if not all(rows):
+            state.rollback([length + len(row) for length, row in zip(before, rows, strict=True)])
         return fast.to(self.decoder.embedding.weight.dtype)
 
     def close(self, rows: Sequence[Row], drafts: Sequence[Draft]) -> None:
@@ -121,10 +111,10 @@ class AcceleratedDrafter(SelfDrafter):
         tokens = torch.tensor(lasts, device=device_of(self.decoder))
         with self.target.packing:
             context = self.sections.enter(self.target.state, 1)
-            last = self.early(self.sections.entered(tokens, context), context)
+            last = self.sections.run(0, self.sections.entered(tokens, context), context)
         vectors = torch.cat([*self.left, torch.zeros_like(last)], 1)
         vectors[range(len(rows)), [len(draft.tokens) for draft in drafts]] = last[:, 0]
-        self.target.begun = self.sections.going_on(len(self.adapters), vectors)
+        self.target.begun = self.sections.going_on(1, vectors)
         self.left = []
 
 
