@@ -79,7 +79,7 @@ def test_a_draft_ends_where_the_small_model_is_unsure() -> None:
             for event in one.trace:
                 for place in range(len(event.drafted)):
                     chances = target(torch.tensor([text + event.drafted[:place]]))[0, -1].softmax(-1)
-                    assert float(chances.max()) >= fallback - 1e-4
+                    assert chances.max().item() >= fallback - 1e-4
                 text += event.emitted
         return sum(len(event.drafted) for event in events)
 
