@@ -28,6 +28,7 @@ from formery.generate.guided import drawn
 from formery.generate.run import generate
 from formery.generate.sampler import draw, modified_rejection, penalised, probabilities
 from formery.methods.decoding.parallel.parallel_jacobi_decoding import JacobiDrafter
+from formery.models import EncoderDecoder
 
 TRANSFORMS: list[dict[str, Any]] = [
     {"temperature": 1.0},
@@ -279,10 +280,16 @@ def unlikely(rule: Any, tree: bool = False, rows: int = 4000) -> float:
     return p_value(Counter(map(tuple, texts.values())), [3], asked)
 
 
-def p_value(counts: Counter[tuple[int, ...]], prompt: list[int], asked: Settings) -> float:
-    """Of these counts of texts of 2 tokens, if they came from the target."""
-    target, rows = model("rotary", vocabulary=6), counts.total()
-    after = [target(torch.tensor([[*prompt, *text]]))[0, -1].detach() for text in ([], *([a] for a in range(6)))]
+def p_value(counts: Counter[tuple[int, ...]], prompt: list[int], asked: Settings, kind: str = "rotary") -> float:
+    """Of these counts of texts of 2 tokens, if they came from the target of that kind."""
+    target, rows = model(kind, vocabulary=6), counts.total()
+
+    def logits_after(text: list[int]) -> Tensor:
+        if isinstance(target, EncoderDecoder):
+            return target(torch.tensor([prompt]), torch.tensor([[target.start_token, *text]]))[0, -1].detach()
+        return target(torch.tensor([[*prompt, *text]]))[0, -1].detach()
+
+    after = [logits_after(text) for text in ([], *([a] for a in range(6)))]
     first, *second = [probabilities(logits, [], asked) for logits in after]
     wanted = numpy.array([[rows * float(first[a] * second[a][b]) for b in range(6)] for a in range(6)]).flatten()
     seen = numpy.array([counts[a, b] for a in range(6) for b in range(6)])

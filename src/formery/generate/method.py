@@ -25,7 +25,8 @@ class Method:
     lossless: greedy gives the very tokens of plain greedy, sampling the target's very distribution.
     make: makes the decoding from the method's own options, which are its keyword parameters.
     defaults: settings that it starts from. variants: option texts worth comparing ("form=plain").
-    paper: the slug of the paper it comes from, if it has one here. kinds: of models that it is for. module: where it is
+    paper: the slug of the paper it comes from, if it has one here. guide: the method with whose guides it drafts, by
+    default its own. kinds: of models that it is for. module: where it is
     registered, by `register`.
     """
 
@@ -36,6 +37,7 @@ class Method:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     variants: tuple[str, ...] = ()
     paper: str | None = None
+    guide: str | None = None
     kinds: tuple[str, ...] = ("decoder", "encoder-decoder")
     module: str = ""
 
@@ -65,7 +67,7 @@ class Method:
 
     def draft_of(self, model: str) -> str:
         """The name of the draft, or guide, that ships with the shipped model of that name, if one does."""
-        return f"{model}/{self.name}" if self.guided else f"{model}-draft"
+        return f"{model}/{self.guide or self.name}" if self.guided else f"{model}-draft"
 
 
 METHODS: dict[str, Method] = {}

@@ -201,8 +201,9 @@ def alignment(budget: Budget, seed: int) -> dict[str, float]:
     """
     model, guide, single = (model_named(name) for name in ("code", "code/m2r2", "code/exit/m2r2"))
     prompts, _ = fitted(model, [], examples("code", budget.examples, seed), budget.max_new_tokens)
+    texts = [model.tokenizer.prompt(one) if isinstance(one, str) else one for one in prompts]
     found: dict[str, list[Tensor]] = {}
-    for one in generate(model, prompts, batch=8, max_new_tokens=budget.max_new_tokens):
+    for one in generate(model, texts, batch=8, max_new_tokens=budget.max_new_tokens):
         tokens = torch.tensor([[*one.prompt, *one.tokens]])
         batch, at = {"tokens": tokens, "positions": torch.arange(tokens.shape[1])[None]}, slice(len(one.prompt) - 1, -1)
         columns = torch.arange(tokens.shape[1])[at]
