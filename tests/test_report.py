@@ -41,6 +41,8 @@ def method_row(method: str = "greedy", **changes: Any) -> MethodRow:
         "accepted_per_call": 0.0,
         "state_bytes": 3_145_728,
         "guarded": 0,
+        "drafting": 0.0,
+        "verifying": 0.9,
     }
     return MethodRow(**{**data, **changes})
 

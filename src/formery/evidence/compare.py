@@ -10,7 +10,7 @@ from formery.data.works import work as work_named
 from formery.errors import FormeryError
 from formery.evidence.machine import machine
 from formery.evidence.measured import Progress, quiet
-from formery.evidence.race import Entrant, Laps, fitted, identical, race, speedups
+from formery.evidence.race import Entrant, Laps, fitted, identical, race, seconds_in_calls, speedups
 from formery.generate import Generation
 from formery.generate.method import find
 from formery.models import Guide, Model, guides, load, shipped
@@ -26,7 +26,8 @@ class MethodRow:
     quality: the work's metrics, empty where there is nothing to compare with. tokens_per_second: median over
     the rounds. calls_per_token: target calls that rows took part in, over the tokens decided. speedup: its
     rate over greedy's in the same round, median; spread: smallest and largest. state_bytes: the largest
-    decode state. guarded: near ties that were decided apart.
+    decode state. guarded: near ties that were decided apart. drafting, verifying: the shares of the first round's time
+    that guessing and calling the target took; the rest is reading prompts and book-keeping.
     """
 
     method: str
@@ -40,6 +41,8 @@ class MethodRow:
     spread: tuple[float, float]
     accepted_per_call: float
     guarded: int
+    drafting: float
+    verifying: float
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,7 @@ def compare(
         work="given prompts" if known is None else known.name,
         model=label,
         machine=machine(),
-        rows=[_row(name, run, laps[0], known, examples) for name, run in runs.items()],
+        rows=[_row(name, run, laps[0], known, examples, batch) for name, run in runs.items()],
         outputs=[
             Output(one.name, one.prompt, one.reference, {name: run.outputs[i] for name, run in runs.items()})
             for i, one in enumerate(examples)
@@ -174,9 +177,10 @@ def _examples(model: Model, known: Work[Any] | None, given: Any, limit: int, see
 
 
 def _row(
-    name: str, laps: Laps, baseline: Laps, work: Work[Any] | None, examples: Sequence[Example]
+    name: str, laps: Laps, baseline: Laps, work: Work[Any] | None, examples: Sequence[Example], batch: int
 ) -> MethodRow:
     ratios = speedups(laps, baseline)
+    drafting, verifying = seconds_in_calls(laps.outputs, batch)
     return MethodRow(
         method=name,
         lossless=find(name)[0].lossless,
@@ -189,6 +193,8 @@ def _row(
         spread=(min(ratios), max(ratios)),
         accepted_per_call=sum(one.accepted for one in laps.outputs) / laps.calls,
         guarded=sum(one.guarded for one in laps.outputs),
+        drafting=drafting / laps.seconds[0],
+        verifying=verifying / laps.seconds[0],
     )
 
 

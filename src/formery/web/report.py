@@ -104,6 +104,7 @@ def _row(row: "MethodRow") -> dict[str, Any]:
         "verdict": "faster" if low > 1 else "slower" if high < 1 else "",
         "calls": f"{row.calls_per_token:.2f}",
         "accepted": f"{row.accepted_per_call:.2f}" if row.accepted_per_call else "–",
+        "drafting": share(row.drafting) if row.accepted_per_call else "–",
         "state": size(row.state_bytes),
         "quality": [f"{value:.3g}" for value in metrics(row.quality).values()],
     }
