@@ -171,12 +171,13 @@ def distilled_loss(
     batch: Batch,
     at: Int[Tensor, "place 2"],
     distance: float = 0.0,
+    counting: Bool[Tensor, "place depth"] | None = None,
 ) -> Float[Tensor, ""]:
     """How far the model's output on the guesses is from what the model itself says, deeper ones counting less.
 
     found: guesses of the model's vectors at the tokens after those at `at` (text, place). What is learned is half the
     token that came and half the model's whole distribution, plus `distance` times the smooth distance to its vectors.
-    The loss at depth i counts `0.8^i` times.
+    The loss at depth i counts `0.8^i` times. counting: the guesses that are learned from, by default all.
     """
     depths = torch.arange(found.shape[1])
     text, later = at[:, :1], at[:, 1:] + 1 + depths
@@ -185,6 +186,8 @@ def distilled_loss(
     hidden = nn.functional.pad(batch["hidden"], (0, 0, 0, padding))
     coming = nn.functional.pad(batch["tokens"], (0, padding))
     there = written[text, later + 1]
+    if counting is not None:
+        there = there & counting
     output = decoder_of(model).output
     with torch.no_grad():
         learned = output(hidden[text, later][there]).float().softmax(-1) / 2
