@@ -36,6 +36,7 @@ def parser() -> Parser:
     drafting = commands.add_parser("drafting", help="every drafting method on the shipped models")
     drafting.add_argument("--json", type=Path, metavar="FILE", help="write machine, rows and versions there")
     drafting.add_argument("--models", metavar="A,B", help="only these of code, translate")
+    drafting.add_argument("--variants", action="store_true", help="each method in its other shapes too")
     drafting.add_argument("--quick", action="store_true", help="a few prompts, to see that all works")
     plot = commands.add_parser("plot", help="a bar chart of results")
     plot.add_argument("results", nargs="+", type=Path, metavar="RESULTS.json")

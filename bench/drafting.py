@@ -87,13 +87,13 @@ class Laid:
     speedups: list[float] = field(default_factory=list)
 
 
-def settings(work: str, model: Model) -> list[str]:
-    """The lossless methods that can draft for the shipped model of that name, with their variants."""
+def settings(work: str, model: Model, variants: bool) -> list[str]:
+    """The lossless methods that can draft for the shipped model of that name, where asked for with their variants."""
     found = []
     for method in lossless(model):
         known = not method.needs_draft or method.draft_of(work) in (*shipped(), *guides())
         if known and drafter_of(method) is not None:
-            found += [method.name, *(f"{method.name}:{one}" for one in method.variants)]
+            found += [method.name, *(f"{method.name}:{one}" for one in method.variants if variants)]
     return found
 
 
@@ -108,7 +108,7 @@ def measure(asked: Any) -> int:
     rows: list[Row] = []
     for case in chosen:
         model = load(case.work)
-        names = settings(case.work, model)
+        names = settings(case.work, model, asked.variants)
         if case.work not in predicted:
             with progress(told, f"{case.work}: profile") as tell:
                 advice = advise(case.work, methods=names, progress=tell)
