@@ -32,18 +32,20 @@ class AttendingGuided(Guided):
         super().begin(target, rows, settings)
         longest = max(len(row.prefix) for row in rows)
         self.state = self.draft.start(len(rows), longest + settings.max_new_tokens + self.nodes)
-        nothing = self.last[0, :0].reshape(0, self.draft.width)
+        self.nothing = self.last[0, :0].reshape(0, self.draft.width)
         # Of each row: the target's vectors that have not been read yet.
         self.unread: list[Float[Tensor, "time width"]] = [
-            nothing if target.hidden is None else target.hidden[i, : len(row.prefix) - 1] for i, row in enumerate(rows)
+            self.nothing if target.hidden is None else target.hidden[i, : len(row.prefix) - 1]
+            for i, row in enumerate(rows)
         ]
 
     def observe(self, rows: Sequence[Row], verdicts: Sequence[Verdict]) -> None:
-        super().observe(rows, verdicts)
-        self.unread = [
-            torch.cat((old, told(verdict)[: len(row.tokens) - 1 - read - len(old)]))
+        # `last` stays as it was: it is of use only until the first vector has come.
+        new = [
+            told(verdict)[: len(row.tokens) - 1 - read - len(old)]
             for old, verdict, row, read in zip(self.unread, verdicts, rows, self.state.lengths, strict=True)
         ]
+        self.unread = [torch.cat((old, some)) if len(old) else some for old, some in zip(self.unread, new, strict=True)]
 
     def select(self, rows: Sequence[int]) -> None:
         super().select(rows)
@@ -54,9 +56,7 @@ class AttendingGuided(Guided):
         """The target's own embeddings of tokens."""
         return self.target.model.embedding.looked_up(torch.tensor(tokens, device=self.last.device))
 
-    def after(
-        self, rows: Sequence[Row], lengths: Sequence[int], time: int
-    ) -> Float[Tensor, "batch time embedded"]:
+    def after(self, rows: Sequence[Row], lengths: Sequence[int], time: int) -> Float[Tensor, "batch time embedded"]:
         """What is read beside the vectors from position lengths[row] on: the embedding of the token after each."""
         tokens = [row.tokens[read + 1 :] for row, read in zip(rows, lengths, strict=True)]
         return self.embedded([[*some, *[0] * (time - len(some))] for some in tokens])
@@ -67,16 +67,16 @@ class AttendingGuided(Guided):
         time, lengths = max(counts), self.state.lengths
         if time == 0:  # a single token has come, of which the target has made nothing yet
             return self.last
+        unread, self.unread = self.unread, [self.nothing] * len(rows)
+        beside = self.after(rows, lengths, time)
+        if min(counts) == time:
+            return self.draft.read(torch.stack(unread).to(self.last), beside, self.state)[:, -1]
         vectors = self.last.new_zeros(len(rows), time, self.draft.width)
-        for row, one in enumerate(self.unread):
+        for row, one in enumerate(unread):
             vectors[row, : len(one)] = one
-        positions = None
-        if min(counts) < time:
-            ranges = [[*range(n, n + count), *[-1] * (time - count)] for n, count in zip(lengths, counts, strict=True)]
-            positions = torch.tensor(ranges, device=self.last.device)
-        found = self.draft.read(vectors, self.after(rows, lengths, time), self.state, positions)
+        ranges = [[*range(n, n + count), *[-1] * (time - count)] for n, count in zip(lengths, counts, strict=True)]
+        found = self.draft.read(vectors, beside, self.state, torch.tensor(ranges, device=self.last.device))
         self.state.settle([list(range(count)) for count in counts])
-        self.unread = [one[:0] for one in self.unread]
         last = found[range(len(rows)), [max(0, count - 1) for count in counts]]
         return last.masked_fill(torch.tensor(counts, device=last.device)[:, None] == 0, 0)
 

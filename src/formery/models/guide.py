@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from formery.models.conventions import Conventions
 from formery.models.decoder import memory_context
 from formery.parts import Context, Linear, Part, State
-from formery.parts.native.stack import pieces, plainly, run
+from formery.parts.native.program import Unfit
+from formery.parts.native.stack import entry, pieces, plainly, run, usable
 from formery.parts.state import Remembering
 
 if TYPE_CHECKING:
@@ -38,23 +39,28 @@ class Attending(Guide):
     """A guide whose layers attend to the whole text, with a decode state of their own.
 
     At each token it reads the model's vector there and the embedding of the token after it, and makes of them a guess
-    of the model's next vector; of its own guesses it can go on in the same way.
+    of the model's next vector; of its own guesses it can go on in the same way. fuse: the map of both to what the
+    layers read. first: `silu(first ·)` is done to the embedding before, where it is not None.
     """
+
+    fuse: Linear
 
     def __init__(self, layers: Sequence[Part], norm: Part | None):
         super().__init__()
         self.layers, self.norm = nn.ModuleList(layers), norm
+        self.first: Linear | None = None
 
     def enter(
-        self, vectors: Float[Tensor, "batch time width"], embedded: Float[Tensor, "batch time width"]
+        self, vectors: Float[Tensor, "batch time width"], embedded: Float[Tensor, "batch time embedded"]
     ) -> Float[Tensor, "batch time width"]:
         """What the layers read: a vector of the model's (or a guess of it), and the token after it."""
-        raise NotImplementedError
+        beside = embedded if self.first is None else nn.functional.silu(self.first(embedded))
+        return self.fuse(torch.cat((vectors, beside), -1))
 
     def forward(
         self,
         vectors: Float[Tensor, "batch time width"],
-        embedded: Float[Tensor, "batch time width"],
+        embedded: Float[Tensor, "batch time embedded"],
         positions: Int[Tensor, "batch time"],
         visible: Bool[Tensor, "batch time time"] | None = None,
     ) -> Float[Tensor, "batch time width"]:
@@ -71,18 +77,27 @@ class Attending(Guide):
                 state.of(remembering, turns[remembering])
                 turns[remembering] += 1
         state.pieces = pieces(self.layers, self.norm, self.width)
+        if state.pieces is not None and type(self).enter is Attending.enter:
+            state.entry = entry(self.layers, self.norm, self.width, self.fuse, self.first)
         return state
 
     def read(
         self,
         vectors: Float[Tensor, "batch time width"],
-        embedded: Float[Tensor, "batch time width"],
+        embedded: Float[Tensor, "batch time embedded"],
         state: State,
         positions: Int[Tensor, "batch time"] | None = None,
         visible: Bool[Tensor, "batch time slot"] | None = None,
     ) -> Float[Tensor, "batch time width"]:
         """As `forward`, behind what `state` has read, and into it (positions and visible as in `Decoder.step`)."""
-        return self.attend(self.enter(vectors, embedded), state, positions, visible)
+        if state.entry is None or not usable(vectors):
+            return self.attend(self.enter(vectors, embedded), state, positions, visible)
+        context = self._context(state, vectors.shape[1], positions, visible)
+        try:
+            found: Tensor = state.entry.run(vectors, context, embedded)
+        except Unfit:
+            return self._run(self.enter(vectors, embedded), context)
+        return found
 
     def attend(
         self,
@@ -92,14 +107,18 @@ class Attending(Guide):
         visible: Bool[Tensor, "batch time slot"] | None = None,
     ) -> Float[Tensor, "batch time width"]:
         """The layers alone, on what they read."""
-        slots, time = state.slots, entered.shape[1]
+        return self._run(entered, self._context(state, entered.shape[1], positions, visible))
+
+    def _context(self, state: State, time: int, positions: Tensor | None, visible: Tensor | None) -> Context:
+        """Takes the next slots of each row, and says what the tokens in them see."""
+        slots = state.slots
         state.reserve(time)
         even = positions is None and slots.even
         at = slots.extend(positions, time)
         context = Context(at, slots.positions[:, : slots.filled], visible, even=even, state=state)
         if state.memory_positions is not None:
             context.memory = memory_context(at, None, state.memory_positions)
-        return self._run(entered, context)
+        return context
 
     def _run(self, hidden: Tensor, context: Context) -> Float[Tensor, "batch time width"]:
         if torch.is_grad_enabled():

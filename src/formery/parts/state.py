@@ -90,7 +90,11 @@ class Slots:
         # Padding left in the middle (used > lengths) puts all later tokens out of order.
         self.ordered = self.ordered and self.used == self.lengths and (positions is None or self._continues(positions))
         if positions is None:
-            next_ = torch.tensor(self.lengths, device=device)[:, None] + torch.arange(time, device=device)
+            if min(self.lengths, default=0) == max(self.lengths, default=0):
+                first = max(self.lengths, default=0)
+                next_ = torch.arange(first, first + time, device=device).expand(len(self.lengths), time)
+            else:
+                next_ = torch.tensor(self.lengths, device=device)[:, None] + torch.arange(time, device=device)
             self.lengths = [length + time for length in self.lengths]
         else:
             next_ = positions
@@ -278,6 +282,8 @@ class State:
         # The layers, and the way to logits, as the compiled kernels run them, where they do.
         self.pieces: Sequence[Any] | None = None
         self.out: Any = None
+        # The way into the layers and they themselves, where vectors of two kinds come in and the kernels run it all.
+        self.entry: Any = None
         self._vouched: dict[tuple[object, int], LayerState] | None = None
 
     @property

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from torch import nn
 
 from formery.parts.attention import Attention, CrossAttention
+from formery.parts.codes import Codes
 from formery.parts.embed import Output, TiedOutput
 from formery.parts.experts import Experts
 from formery.parts.feedforward import MLP, GatedMLP
@@ -132,6 +133,42 @@ def _tied(part: TiedOutput, writer: Writer, logits: int) -> None:
         writer.step(SCALE, source, scaled, a=width, e=part.scale)
         source = scaled
     writer.product(part.embedding.weight, part.shift, source, logits)
+
+
+def way_in(
+    library: Library,
+    layers: Sequence[nn.Module],
+    norm: nn.Module | None,
+    width: int,
+    fuse: Linear,
+    first: Linear | None,
+) -> Program | None:
+    """`fuse [x, y]`, or `fuse [x, silu(first y)]`, then layers and norm; x comes in, and y beside it.
+
+    None where the kernels do not know all of it.
+    """
+    writer = Writer(library, width)
+    if type(writer.program) is not Program or isinstance(fuse.weight, Codes):
+        return None
+    read = writer.register("beside", fuse.inputs - width if first is None else first.inputs)
+    writer.program.beside.append(read)
+    joined = writer.register("joined", width)
+    try:
+        if first is not None:
+            inner = writer.register("first", first.outputs)
+            writer.linear(first, read, inner, SET, "silu")
+            read = inner
+        plain(fuse, Linear)
+        writer.product(fuse.weight[:, :width].contiguous(), fuse.shift, 0, joined)
+        writer.product(fuse.weight[:, width:].contiguous(), None, read, joined, PLUS)
+        writer.step(SCALE, joined, 0, a=width, e=1.0)
+        for part in layers:
+            layer(part, writer)
+        if norm is not None:
+            _norm(norm, writer, 0, 0)
+    except Unfit:
+        return None
+    return writer.program
 
 
 Piece = Program | nn.Module

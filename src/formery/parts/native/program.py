@@ -102,7 +102,8 @@ class Seeing:
 class Occasion:
     """What one run of a program knows besides the vectors.
 
-    filled: slots in use. starts: the slot of each row's first token. positions: of each token.
+    filled: slots in use. starts: the slot of each row's first token. positions: of each token. beside: what comes in
+    for the program's registers of that name.
     """
 
     batch: int
@@ -111,6 +112,7 @@ class Occasion:
     starts: list[int] = field(default_factory=list)
     positions: Tensor | None = None
     seeing: list[Seeing] = field(default_factory=list)
+    beside: list[Tensor] = field(default_factory=list)
 
 
 @dataclass
@@ -119,7 +121,8 @@ class Program:
 
     operands: the tensors that the steps point to. labels: what each step is for (attention, feed-forward, norm).
     origin: the parts that it stands for. result: the register of what comes out; where it is 0, the steps change the
-    stream of hidden vectors, otherwise they leave what came in as it is.
+    stream of hidden vectors, otherwise they leave what came in as it is. beside: registers that hold further vectors
+    that come in.
     """
 
     library: Any
@@ -133,13 +136,16 @@ class Program:
     result: int = 0
     narrowest: int = 0  # the widest input of a weight that is not in 32 bits
     spans: dict[int, tuple[int, int]] = field(default_factory=dict)  # where the steps of a part lie, by its id
+    beside: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._rows = -1
         self._caches = (Cache * 1)()
         self._known: list[tuple[Tensor, Tensor] | None] = []
 
-    def run(self, hidden: Float[Tensor, "batch time width"], context: Context) -> Float[Tensor, "batch time outputs"]:
+    def run(
+        self, hidden: Float[Tensor, "batch time width"], context: Context, *beside: Float[Tensor, "batch time other"]
+    ) -> Float[Tensor, "batch time outputs"]:
         """The vectors after all steps. Raises Unfit, and changes nothing, where a layer's memory is of another kind."""
         if hidden.numel() == 0:
             raise Unfit
@@ -151,6 +157,7 @@ class Program:
         if context.state is not None:
             one.filled, one.starts = context.state.slots.filled, context.state.slots.start
         one.seeing = [_seeing(sight, context) for sight in self.sights]
+        one.beside = [tensor.to(torch.float32).contiguous() for tensor in beside]
         return self._carry_out(hidden, one)
 
     def map(self, hidden: Float[Tensor, "... width"]) -> Float[Tensor, "... outputs"]:
@@ -163,6 +170,8 @@ class Program:
         stream = hidden.to(torch.float32, copy=self.result == 0).contiguous()
         result = stream if self.result == 0 else torch.empty(*hidden.shape[:-1], outputs, **PLAIN)
         self._addresses[0], self._addresses[self.result] = stream.data_ptr(), result.data_ptr()
+        for register, tensor in zip(self.beside, one.beside, strict=True):
+            self._addresses[register] = tensor.data_ptr()
         spans, started = watching(), perf_counter()
         seconds = None if spans is None else (ctypes.c_double * len(self.steps))()
         starts, sights = (_LONG * len(one.starts))(*one.starts), (Seen * len(one.seeing))(*map(_seen, one.seeing))
@@ -190,7 +199,8 @@ class Program:
             return
         self._rows = rows
         # The first and the last vectors lie in tensors of each pass.
-        sizes = [0 if number in (0, self.result) else rows * width for number, width in enumerate(self.widths)]
+        outside = {0, self.result, *self.beside}
+        sizes = [0 if number in outside else rows * width for number, width in enumerate(self.widths)]
         self._registers = [torch.empty(size, **PLAIN) for size in sizes]
         self._addresses = (_POINTER * len(sizes))(*(one.data_ptr() for one in self._registers))
         self._room = torch.empty(self.library.formery_room(rows, self.narrowest), dtype=torch.uint8, device="cpu")

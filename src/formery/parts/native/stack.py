@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from formery.parts.context import Context
-from formery.parts.native.lower import Piece, lower, row_by_row, way_out
+from formery.parts.linear import Linear
+from formery.parts.native.lower import Piece, lower, row_by_row, way_in, way_out
 from formery.parts.native.mode import Library, enabled
 from formery.parts.native.program import APPEND, ATTEND, Program, Step, Unfit
 from formery.parts.native.writer import Writer
@@ -26,6 +27,14 @@ def pieces(layers: nn.ModuleList, norm: nn.Module | None, width: int) -> list[Pi
     if library is None or layers.training:
         return None
     return lower(library, list(layers), norm, width)
+
+
+def entry(
+    layers: nn.ModuleList, norm: nn.Module | None, width: int, fuse: Linear, first: Linear | None
+) -> Program | None:
+    """As `pieces`, with the way into the layers of two kinds of vectors, as in `way_in`, all one program."""
+    library = enabled(*islice(layers.parameters(), 1))
+    return None if library is None or layers.training else way_in(library, list(layers), norm, width, fuse, first)
 
 
 def chosen(
@@ -87,6 +96,11 @@ def logits(
     return cast(Tensor, part(hidden))
 
 
+def usable(hidden: Tensor) -> bool:
+    """Whether the kernels may be used here and now, and know vectors of this type."""
+    return enabled(hidden) is not None and hidden.dtype in DTYPES
+
+
 def run(
     layers: nn.ModuleList,
     norm: nn.Module | None,
@@ -95,10 +109,10 @@ def run(
     known: Sequence[Piece] | None,
 ) -> Float[Tensor, "batch time width"]:
     """The normed vectors behind all layers. known: the pieces, where they were made before."""
-    usable = enabled(hidden) is not None and hidden.dtype in DTYPES
-    if usable and known is None:
+    fit = usable(hidden)
+    if fit and known is None:
         known = pieces(layers, norm, hidden.shape[-1])
-    if not usable or known is None:
+    if not fit or known is None:
         return plainly(layers, norm, hidden, context)
     for piece in known:
         try:

@@ -75,6 +75,26 @@ def faster(
     return found
 
 
+def faster_than(
+    results: Sequence[Result], method: str, other: str, works: Sequence[str] = WORKS, essential: bool = False
+) -> list[Criterion]:
+    """Whether one text at a time takes less time than by another method that was surveyed on the same prompts."""
+    found = []
+    for work in works:
+        own, theirs = (_speedup(results, name, work) for name in (method, other))
+        statement = f"one text at a time, {work} takes less time by {method} than by {other}; the ratio of speed-ups"
+        ratios = [own[seed] / theirs[seed] for seed in own]
+        name = f"faster than {other.partition(':')[0]} on {work}"
+        found.append(criterion(name, statement, ratios, ">", 1.0, essential))
+    return found
+
+
+def _speedup(results: Sequence[Result], method: str, work: str) -> Mapping[int, float]:
+    """The median over rounds of the speed-up over token by token, by seed, one text at a time."""
+    chosen = [one for one in results if (one.setting.label, one.work, one.batch) == (method, work, 1)]
+    return {one.seed: spread(values_of([one], "speedup")).median for one in chosen}
+
+
 def accepts_more(
     results: Sequence[Result], method: str, other: str, works: Sequence[str] = WORKS, essential: bool = False
 ) -> list[Criterion]:

@@ -36,11 +36,6 @@ class EagleLayer(Attending):
         self.width, self.vocabulary, self.heads, self.hidden = width, vocabulary, heads, hidden
         self.fuse = Linear(2 * width, width)
 
-    def enter(
-        self, vectors: Float[Tensor, "batch time width"], embedded: Float[Tensor, "batch time width"]
-    ) -> Float[Tensor, "batch time width"]:
-        return self.fuse(torch.cat((vectors, embedded), -1))
-
 
 class EagleDrafter(AttendingGuided):
     """Drafts a chain, or with `beam` and `width` above 1 a tree."""
