@@ -22,14 +22,16 @@ SHAPES = {
 NAMES = [name + shape for name, shapes in SHAPES.items() for shape in shapes]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("rotary", name) for name in NAMES] + [(kind, name) for kind in KINDS[1:] for name in NAMES if "=2:" in name],
+)
 def test_greedy_is_the_same_by_every_shape(kind: str, name: str) -> None:
     target = model(kind, max_length=30)
-    prompts = [[row + 2, 3 * row + 2, 7, row + 5][: 1 + row % 4] for row in range(9)]
+    prompts = [[row + 2, 3 * row + 2, 7, row + 5][: 1 + row % 4] for row in range(7)]
     for asked in (Settings(max_new_tokens=24), Settings(max_new_tokens=9, repetition_penalty=1.3)):
         wanted = [from_scratch(target, prompt, asked) for prompt in prompts]
-        for batch in (1, 4, 9):
+        for batch in (1, 3, 7):
             found = generate(target, prompts, name, batch=batch, draft=guide(name, target), **vars(asked))
             assert [(one.tokens, one.stop) for one in found] == wanted
 

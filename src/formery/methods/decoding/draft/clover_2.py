@@ -8,7 +8,7 @@ attention decoder takes a token's embedding `e` into a vector `x`, head by head:
 Once for each token that the text has got, at the token t before it, `x_t` being the model's last vector there:
 
     m = norm(augment(join(x_t, e_{t+1})))              the augmenting block, a transformer layer over the whole text
-    first guess = norm(first m)
+    first guess = norm(opening m)
 
 and then for each guess, with the state `s` that begins as `m` (the regression):
 
@@ -98,9 +98,9 @@ class CloverGuide(Attending, SerialGuide):
         super().__init__(layers, RMSNorm(width))
         self.width, self.vocabulary, self.heads, self.hidden, self.depth = width, vocabulary, heads, hidden, depth
         self.join, self.again = Join(width, heads), Join(width, heads)
-        self.first, self.project = Linear(width, width, bias=True), Linear(2 * width, width, bias=True)
+        self.opening, self.project = Linear(width, width, bias=True), Linear(2 * width, width, bias=True)
         self.last_norm = RMSNorm(width)
-        for one in (self.first, self.project):
+        for one in (self.opening, self.project):
             assert isinstance(one.weight, nn.Parameter)
             with torch.no_grad():  # at first a guess is nearly what it is made from
                 one.weight.mul_(0.1)[:, :width] += torch.eye(width)
@@ -112,7 +112,7 @@ class CloverGuide(Attending, SerialGuide):
 
     def open(self, found: Float[Tensor, "lines width"]) -> Float[Tensor, "lines width"]:
         """The vector of the first guess, from what the augmenting block made at the last token but one."""
-        return self.last_norm(self.first(found))
+        return self.last_norm(self.opening(found))
 
     def step(
         self, carry: Float[Tensor, "lines width"], embedded: Float[Tensor, "lines width"]
