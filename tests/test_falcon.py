@@ -134,8 +134,8 @@ def test_it_learns_from_what_is_not_shown() -> None:
 def test_bad_shapes_are_refused() -> None:
     target = model("rotary")
     own = guide("falcon", target)
-    for bad in ("length=5", "blocks=0", "length=0"):
-        with pytest.raises(FormeryError, match="this guide guesses 4 tokens in a pass"):
+    for bad, message in (("blocks=0", "at least 1 block"), ("length=0", "needs length >= 1")):
+        with pytest.raises(FormeryError, match=message):
             generate(target, [[5, 6]], f"falcon:{bad}", draft=own, max_new_tokens=4)
     with pytest.raises(FormeryError, match="the guide is for a model of width 16"):
         generate(target, [[5, 6]], "falcon", draft=FalconGuide(16, 97, 4, 16, 4), max_new_tokens=4)

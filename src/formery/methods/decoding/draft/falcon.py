@@ -12,15 +12,14 @@ frozen model's vector and the token after it, and behind the last of them, n, it
 Attention is causal but for the block, in which all places see all. The model's own output makes tokens of the guesses.
 By `blocks` a further pass goes on from the likeliest line: its guesses are then read in the place of vectors.
 
-Coupled sequential glancing distillation: the guide first guesses as it would when drafting. Then, in each block, some
-answers are revealed at places drawn by chance, `REVEALED` times as many as guesses were wrong: `place_i` becomes what
-would be read at the true vector and its true token, and the next guess is made from the true vector. All other places
-learn the model's distribution, its token and its vector, given these.
+Coupled sequential glancing distillation: the guide first guesses as when drafting. Then, in each block, some answers
+are shown at places drawn by chance, `REVEALED` times as many as guesses were wrong: `place_i` becomes what would be
+read at the true vector and token, and the next guess is made from the true vector. The other places learn the model's
+distribution, its token and its vector.
 
-The paper mixes the text by an LSTM of two layers before attention, takes the last k places of the text for the block,
-reveals fewer answers towards the end of the training, and checks trees of some hundred tokens in blocks of two. Here
-the recurrence runs over the block alone. The paper reports 2.91 to 3.51 times faster decoding by a guide of two layers'
-size, more than by Eagle, Medusa and Lookahead.
+The paper mixes the text by an LSTM before attention, takes the last k places of the text for the block, shows fewer
+answers towards the end of the training, and checks some hundred tokens in blocks of two; here the recurrence runs over
+the block alone. The paper reports 2.91 to 3.51 times faster decoding, more than by Eagle, Medusa and Lookahead.
 """
 
 from collections.abc import Sequence
@@ -48,7 +47,7 @@ from formery.methods.decoding.draft.checks import (
     lossless,
     surveyed,
 )
-from formery.methods.decoding.draft.training import decoder_of, distilled_loss, guide_recipe, next_vectors
+from formery.methods.decoding.draft.training import behind, decoder_of, distilled_loss, guide_recipe, next_vectors
 from formery.models import Model
 from formery.models.guide import Attending, Guide
 from formery.parts import Attention, Context, GatedMLP, Layer, Linear, PreNorm, RMSNorm, Rotary, everything
@@ -70,10 +69,7 @@ class Shown(NamedTuple):
 
 
 class FalconGuide(Attending):
-    """Places of a block behind the text, a layer in which they see each other, and a recurrence over the block.
-
-    block: how many tokens are guessed in one pass.
-    """
+    """A layer in which the places of a block see each other; block: how many tokens are guessed in one pass."""
 
     def __init__(self, width: int, vocabulary: int, heads: int, hidden: int, block: int):
         # What is not read yet is not there to be seen; while learning, masks hide what lies behind the block.
@@ -110,28 +106,21 @@ class FalconGuide(Attending):
         shown: Shown | None = None,
     ) -> Float[Tensor, "batch blocks block width"]:
         """The guesses of blocks behind the places `at` of a text, from scratch."""
-        time, block, device = vectors.shape[1], self.block, vectors.device
         text = self.enter(vectors, embedded)
         places = text.take_along_dim(at[..., None], 1)[:, :, None] + self.offset
         if shown is not None:
             places = torch.where(shown.places[..., None], self.enter(shown.vectors, shown.embedded), places)
-        owner = torch.arange(at.shape[1], device=device).repeat_interleave(block)
-        visible = torch.ones(len(at), time + len(owner), time + len(owner), dtype=torch.bool, device=device).tril()
-        visible[:, time:, :time] = torch.arange(time, device=device) <= at[:, owner, None]
-        visible[:, time:, time:] = owner[:, None] == owner
-        later = positions.take_along_dim(at, 1)[..., None] + torch.arange(1, block + 1, device=device)
-        context = Context(torch.cat((positions, later.flatten(1)), 1), visible=visible)
-        found = self._run(torch.cat((text, places.flatten(1, 2)), 1), context)[:, time:]
+        whole, visible = behind(positions, at, self.block)
+        found = self._run(torch.cat((text, places.flatten(1, 2)), 1), Context(whole, visible=visible))
         last = vectors.take_along_dim(at[..., None], 1)
-        return self.guesses(last, found.unflatten(1, places.shape[1:3]), shown)
+        return self.guesses(last, found[:, text.shape[1] :].unflatten(1, places.shape[1:3]), shown)
 
 
 class FalconDrafter(AttendingGuided):
     """Drafts blocks: a chain, or with `width` above 1 the tree of the likeliest.
 
-    length: how many guesses of a block are used, by default all. nodes: how many tokens the tree of a block has, by
-    default those of a chain. blocks: how many passes there are; each goes on from the likeliest line of the one before,
-    if that was drafted to its end.
+    length: how many guesses of a block are used at most. nodes: how many tokens its tree has, by default those
+    of a chain. blocks: how many passes; each goes on from the likeliest line of the one before, if it is drafted whole.
     """
 
     draft: FalconGuide
@@ -139,14 +128,10 @@ class FalconDrafter(AttendingGuided):
     def __init__(
         self, draft: Guide, length: int | None = None, width: int = 1, nodes: int | None = None, blocks: int = 1
     ):
+        if blocks < 1:
+            raise FormeryError(f"a draft needs at least 1 block, not {blocks}.")
         block = getattr(draft, "block", BLOCK)
-        used = block if length is None else length
-        if blocks < 1 or not 1 <= used <= block:
-            raise FormeryError(
-                f"this guide guesses {block} tokens in a pass: give a length from 1 to {block} and at least one block, "
-                f"not length {used}, blocks {blocks}."
-            )
-        super().__init__(draft, used, width, nodes)
+        super().__init__(draft, block if length is None else min(length, block), width, nodes)
         self.blocks = blocks
 
     def propose(self, rows: Sequence[Row], rooms: Sequence[int]) -> list[Draft]:

@@ -200,6 +200,23 @@ def distilled_loss(
     return (losses * counted).sum() / counted.sum()
 
 
+def behind(
+    positions: Int[Tensor, "batch time"], at: Int[Tensor, "batch blocks"], length: int
+) -> tuple[Int[Tensor, "batch all"], Bool[Tensor, "batch all all"]]:
+    """Positions and visibility where blocks of that length are put behind texts, one for each prefix that ends at `at`.
+
+    The places of a block go on from their prefix; they see it and all of their block. The texts do not see them.
+    """
+    (batch, time), device = positions.shape, positions.device
+    owner = torch.arange(at.shape[1], device=device).repeat_interleave(length)
+    later = positions.take_along_dim(at, 1)[..., None] + torch.arange(1, length + 1, device=device)
+    whole = time + len(owner)
+    visible = torch.ones(batch, whole, whole, dtype=torch.bool, device=device).tril()
+    visible[:, time:, :time] = torch.arange(time, device=device) <= at[:, owner, None]
+    visible[:, time:, time:] = owner[:, None] == owner
+    return torch.cat((positions, later.flatten(1)), 1), visible
+
+
 def some_places(guide: nn.Module, written: Bool[Tensor, "batch time"], most: int) -> Int[Tensor, "place 2"]:
     """At most so many of the places (text, place) that are True: while learning by chance, else evenly spread."""
     places = written.nonzero()

@@ -37,6 +37,7 @@ from formery.generate.settings import Settings
 from formery.generate.target import Target
 from formery.generate.verify import Decoding, Event, draft_and_verify
 from formery.methods.decoding.draft.checks import faster, fewer_calls, lossless
+from formery.methods.decoding.draft.training import behind
 from formery.models import Decoder, Model, Source
 from formery.parts import Context
 from formery.parts.native.stack import plainly
@@ -158,15 +159,9 @@ def rearranged(
     tokens: Int[Tensor, "batch time"], at: Int[Tensor, "batch places"], length: int, placeholder: int
 ) -> tuple[Int[Tensor, "batch all"], Context]:
     """Texts, and behind them placeholders for each prefix that ends at one of the places; they see nothing else."""
-    (batch, time), device = tokens.shape, tokens.device
-    owner = torch.arange(at.shape[1], device=device).repeat_interleave(length)
-    positions = (at[..., None] + torch.arange(1, length + 1, device=device)).flatten(1)
-    whole = torch.cat((torch.arange(time, device=device).expand(batch, -1), positions), 1)
-    visible = torch.ones(batch, whole.shape[1], whole.shape[1], dtype=torch.bool, device=device).tril()
-    visible[:, time:, :time] = torch.arange(time, device=device) <= at[:, owner, None]
-    visible[:, time:, time:] &= owner[:, None] == owner
-    added = torch.full_like(positions, placeholder)
-    return torch.cat((tokens, added), 1), Context(whole, visible=visible)
+    positions, visible = behind(torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens), at, length)
+    added = torch.full_like(positions[:, tokens.shape[1] :], placeholder)
+    return torch.cat((tokens, added), 1), Context(positions, visible=visible.tril())
 
 
 def in_unit(sure: Bool[Tensor, "batch time"], length: int) -> Bool[Tensor, "batch time length"]:
