@@ -181,6 +181,39 @@ def test_gumiho_guesses_as_if_it_read_the_text_anew(count: int) -> None:
             text += event.emitted
 
 
+@torch.inference_mode()
+def test_the_heads_read_the_likeliest_line_of_serial_guesses() -> None:
+    target = model("rotary")
+    own = serial(target, 2)
+    prompts = [[row + 2, 7, 3 * row + 1] for row in range(30)]
+    name = "gumiho:length=3:width=2:beam=2:nodes=100"
+    found = generate(target, prompts, name, draft=own, max_new_tokens=6)
+    second = 0  # how often the likeliest line does not begin with the likeliest guess
+    for prompt, one in zip(prompts, found, strict=True):
+        lines = []
+        vectors = target.hidden(torch.tensor([prompt]))[:, :-1]
+
+        def read(vectors: torch.Tensor, tokens: list[int]) -> torch.Tensor:
+            embedded = target.embedding.looked_up(torch.tensor([tokens]))
+            return own(vectors, embedded, torch.arange(len(tokens))[None])[:, -1:]
+
+        first = read(vectors, prompt[1:])
+        for chance, token in zip(
+            *(one[0, 0].tolist() for one in target.logits(first).softmax(-1).topk(2)), strict=True
+        ):
+            after = read(torch.cat((vectors, first), 1), [*prompt[1:], token])
+            best = target.logits(after).softmax(-1)[0, 0].max(-1)
+            lines.append((chance * float(best.values), [token, int(best.indices)], after))
+        _, tokens, after = max(lines, key=lambda line: line[0])
+        second += lines[1][0] > lines[0][0]
+        later = own.later(torch.cat((first, after), 1), target.embedding.looked_up(torch.tensor([tokens])))
+        event = one.trace[0]
+        draft = Draft(event.drafted, parents=event.parents)
+        leaves = {event.drafted[place] for place, depth in enumerate(draft.depths) if depth == 3}
+        assert leaves == set(target.logits(later)[0, 0].topk(2).indices.tolist())
+    assert second > 0
+
+
 def test_behind_every_branch_hang_the_same_guesses() -> None:
     """The heads' guesses of the likeliest line lengthen all others too."""
     target = model("rotary")
