@@ -62,8 +62,8 @@ class Guided:
         self.random = [self.random[row] for row in rows]
 
     def logits(self, vectors: Float[Tensor, "batch time width"]) -> Float[Tensor, "batch time vocabulary"]:
-        """The target's own output on the guide's vectors."""
-        return self.target.model.logits(vectors, self.target.state)
+        """The target's own output on the guide's vectors, not quite exact: they are guesses."""
+        return self.target.model.guessed(vectors, self.target.state)
 
 
 def told(verdict: Verdict) -> Float[Tensor, "accepted+1 width"]:

@@ -13,7 +13,7 @@ from formery.models.conventions import Conventions
 from formery.parts import Context, Embedding, Part, State
 from formery.parts.native import using
 from formery.parts.native.mode import Compile
-from formery.parts.native.stack import exact, logits, out, pieces, plainly, run
+from formery.parts.native.stack import exact, guessed, logits, out, pieces, plainly, run
 from formery.parts.state import Remembering
 
 if TYPE_CHECKING:
@@ -123,6 +123,13 @@ class Decoder(Part):
             return cast(Tensor, self.output(hidden))
         with using(self.compiled):
             return logits(self.output, hidden, None if state is None else state.out)
+
+    def guessed(
+        self, hidden: Float[Tensor, "batch time width"], state: State | None = None
+    ) -> Float[Tensor, "batch time vocabulary"]:
+        """As `logits`, where it need not be exact: of vectors that are guesses themselves."""
+        with using(self.compiled):
+            return guessed(self.output, hidden, None if state is None else state.out)
 
     def step(
         self,

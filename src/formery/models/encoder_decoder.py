@@ -109,6 +109,12 @@ class EncoderDecoder(Part):
         """What the output makes of the decoder's last vectors. state: that they were read into, if any."""
         return self.decoder.logits(hidden, state)
 
+    def guessed(
+        self, hidden: Float[Tensor, "batch time width"], state: State | None = None
+    ) -> Float[Tensor, "batch time vocabulary"]:
+        """As `Decoder.guessed`."""
+        return self.decoder.guessed(hidden, state)
+
     def step(
         self,
         tokens: Int[Tensor, "batch time"],

@@ -137,10 +137,10 @@ class Slots:
         for row, (start, path) in enumerate(zip(self.start, paths, strict=True)):
             own, kept = self.positions[row], start + len(path)
             if kept < self.used[row]:
-                if self.before:
-                    own[start:kept] = torch.arange(start, kept, device=own.device)
-                else:
+                if not self.before:
                     own[start:kept] = own[[start + place for place in path]]
+                elif path and path[-1] >= len(path):  # some move up
+                    own[start:kept] = torch.arange(start, kept, device=own.device)
                 own[kept : self.used[row]] = -1
                 self.used[row] = kept
             # Where all was in order, so is a path, which goes on from there.

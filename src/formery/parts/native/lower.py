@@ -102,8 +102,11 @@ def _norm(part: nn.Module, writer: Writer, source: int, target: int) -> None:
     writer.norm(part, source, target)
 
 
-def way_out(part: nn.Module, library: Library, width: int) -> Program | None:
-    """The way from hidden vectors to logits as a program, where the kernels know all of it."""
+def way_out(part: nn.Module, library: Library, width: int, table: Codes | None = None) -> Program | None:
+    """The way from hidden vectors to logits as a program, where the kernels know all of it.
+
+    table: codes that stand in the place of the weights that make the logits.
+    """
     writer = Writer(library, width)
     writer.label = "output"
     try:
@@ -111,10 +114,13 @@ def way_out(part: nn.Module, library: Library, width: int) -> Program | None:
         assert isinstance(part, Output | TiedOutput)
         vocabulary = part.vocabulary if isinstance(part, Output) else part.embedding.vocabulary
         logits = writer.register("logits", vocabulary)
-        if isinstance(part, Output):
+        if isinstance(part, TiedOutput):
+            _tied(part, writer, logits, table)
+        elif table is None:
             writer.linear(part.map, 0, logits)
         else:
-            _tied(part, writer, logits)
+            plain(part.map, Linear)
+            writer.product(table, part.map.shift, 0, logits)
         if part.soft_cap is not None:
             writer.step(CAP, logits, logits, a=vocabulary, e=part.soft_cap)
     except Unfit:
@@ -123,7 +129,7 @@ def way_out(part: nn.Module, library: Library, width: int) -> Program | None:
     return writer.program
 
 
-def _tied(part: TiedOutput, writer: Writer, logits: int) -> None:
+def _tied(part: TiedOutput, writer: Writer, logits: int, table: Codes | None) -> None:
     source, width = 0, part.embedding.weight.shape[1]
     if part.lower is not None:
         source = writer.register("lowered", width)
@@ -132,7 +138,7 @@ def _tied(part: TiedOutput, writer: Writer, logits: int) -> None:
         scaled = writer.register("scaled", width)
         writer.step(SCALE, source, scaled, a=width, e=part.scale)
         source = scaled
-    writer.product(part.embedding.weight, part.shift, source, logits)
+    writer.product(part.embedding.weight if table is None else table, part.shift, source, logits)
 
 
 def way_in(

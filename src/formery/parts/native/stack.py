@@ -1,17 +1,21 @@
 """A stack of layers, run by the kernels where they can, by the layers' own `forward` where they cannot."""
 
+import ctypes
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import islice
 from threading import local
 from typing import cast
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from formery.parts.codes import Codes
 from formery.parts.context import Context
+from formery.parts.embed import Output, TiedOutput
 from formery.parts.linear import Linear
 from formery.parts.native.lower import Piece, lower, row_by_row, way_in, way_out
 from formery.parts.native.mode import Library, enabled
@@ -19,6 +23,7 @@ from formery.parts.native.program import APPEND, ATTEND, Program, Step, Unfit
 from formery.parts.native.writer import Writer
 
 DTYPES = (torch.float32, torch.bfloat16)
+MANY = 500_000  # weights from which a copy of them in 8 bits is made for guesses
 
 
 def pieces(layers: nn.ModuleList, norm: nn.Module | None, width: int) -> list[Piece] | None:
@@ -96,6 +101,33 @@ def logits(
     return cast(Tensor, part(hidden))
 
 
+def guessed(
+    part: nn.Module, hidden: Float[Tensor, "batch time width"], known: Program | None
+) -> Float[Tensor, "batch time vocabulary"]:
+    """As `logits`, for guesses: by codes of 8 bits where the weights are many, since reading these is what it costs."""
+    library = enabled(hidden)
+    if isinstance(library, ctypes.CDLL) and hidden.dtype in DTYPES:
+        program = _coded_out(part, library, hidden.shape[-1])
+        if program is not None:
+            return program.map(hidden)
+    return logits(part, hidden, known)
+
+
+def _coded_out(part: nn.Module, library: Library, width: int) -> Program | None:
+    """The way out by codes that are made once for these weights; None where they would not pay."""
+    if not isinstance(part, Output | TiedOutput):
+        return None
+    weight = part.map.weight if isinstance(part, Output) else part.embedding.weight
+    if isinstance(weight, Codes) or weight.numel() < MANY:
+        return None
+    state = (id(library), weight.data_ptr(), weight._version)
+    known = _products.coded.get(part)
+    if known is None or known[0] != state:
+        known = _products.coded[part] = state, way_out(part, library, width, Codes.of(weight))
+    found: Program | None = known[1]
+    return found
+
+
 def usable(hidden: Tensor) -> bool:
     """Whether the kernels may be used here and now, and know vectors of this type."""
     return enabled(hidden) is not None and hidden.dtype in DTYPES
@@ -141,6 +173,7 @@ class _Products(local):
 
     def __init__(self) -> None:
         self.known = WeakTensorKeyDictionary()
+        self.coded = WeakKeyDictionary[nn.Module, tuple[tuple[int, int, int], Program | None]]()
 
 
 _products = _Products()
