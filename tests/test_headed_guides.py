@@ -9,7 +9,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from generation import KINDS, from_scratch, model
+from generation import KINDS, decoder, from_scratch, model
 from guides import guide
 from scipy.stats import chisquare
 
@@ -21,6 +21,8 @@ from formery.methods.decoding.draft.chimera import objective as chimera_objectiv
 from formery.methods.decoding.draft.gumiho import GumihoGuide, expected_length, moved, simulated_length
 from formery.methods.decoding.draft.gumiho import objective as gumiho_objective
 from formery.models import Decoder, Guide
+from formery.parts import Rotary
+from formery.parts.native.mode import using
 from formery.train.objective import Batch
 
 SHAPES = {
@@ -264,3 +266,46 @@ def test_how_long_drafts_are_on_average() -> None:
         after = moved(before, chance)
         assert sum(after) == pytest.approx(sum(before)) and all(0 <= one <= 1 for one in after)
         assert expected_length(after) > expected_length(before)
+
+
+@pytest.fixture
+def wide() -> tuple[Decoder, Guide]:
+    """A model and a guide whose weights are so many that guesses are made by copies of them in 8 bits."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        target = decoder(Rotary(), vocabulary=2100, width=240, key_value_heads=2).eval()
+    return target, guide("chimera", target)
+
+
+@torch.inference_mode()
+def test_guesses_in_8_bits_are_near_the_exact_ones(wide: tuple[Decoder, Any]) -> None:
+    target, own = wide
+    random_ = torch.Generator().manual_seed(1)
+    vectors, embedded = (torch.randn(2, 6, size, generator=random_) for size in (240, 720))
+
+    def read(compiled: bool) -> tuple[torch.Tensor, ...]:
+        with using(compiled):
+            state = own.start(2, 16)
+            assert (state.entry is not None) == compiled
+            first = own.read(vectors[:, :4], embedded[:, :4], state)
+            made = torch.cat((first, own.read(vectors[:, 4:], embedded[:, 4:], state)), 1)
+            return made, own.heads(made[:, -1]), target.guessed(made)
+
+    using_kernels = read(True)
+    for found, exact in zip(using_kernels, read(False), strict=True):
+        assert 0 < float((found - exact).norm() / exact.norm()) < 0.03
+    assert not torch.equal(using_kernels[2], target.logits(using_kernels[0]))
+
+    own.fuse.weight.mul_(2)  # copies follow the weights
+    with using(True):
+        again = own.read(vectors[:, :4], embedded[:, :4], own.start(2, 16))
+    assert not torch.allclose(again, using_kernels[0][:, :4], atol=0.1)
+
+
+def test_guesses_in_8_bits_leave_the_text_as_it_was(wide: tuple[Decoder, Guide]) -> None:
+    target, own = wide
+    prompts = [[row + 2, 3 * row + 2, 7][: 1 + row % 3] for row in range(5)]
+    for batch in (1, 5):
+        plain = generate(target, prompts, batch=batch, max_new_tokens=20)
+        found = generate(target, prompts, "chimera", batch=batch, draft=own, max_new_tokens=20)
+        assert [one.tokens for one in found] == [one.tokens for one in plain]

@@ -12,7 +12,7 @@ from formery.models.conventions import Conventions
 from formery.models.decoder import memory_context
 from formery.parts import Context, Linear, Part, State
 from formery.parts.native.program import Unfit
-from formery.parts.native.stack import entry, pieces, plainly, run, usable
+from formery.parts.native.stack import activated, entry, pieces, plainly, run, usable
 from formery.parts.state import Remembering
 
 if TYPE_CHECKING:
@@ -140,5 +140,12 @@ class Heads(Part):
     def forward(
         self, vectors: Float[Tensor, "place width"], read: Float[Tensor, "place reads"] | None = None
     ) -> Float[Tensor, "place depth width"]:
-        update = nn.functional.silu(self.map(vectors if read is None else read))
-        return vectors[:, None] + update.unflatten(-1, (self.depths, self.width))
+        return from_heads(self.map, vectors, vectors if read is None else read)
+
+
+def from_heads(
+    linear: Linear, vectors: Float[Tensor, "place width"], read: Float[Tensor, "place reads"]
+) -> Float[Tensor, "place depth width"]:
+    """`vectors + silu(linear(read))`, the outputs of the map being those of all depths."""
+    update = nn.functional.silu(linear(read)) if torch.is_grad_enabled() else activated(linear, read, "silu")
+    return vectors[:, None] + update.unflatten(-1, (-1, vectors.shape[-1]))

@@ -148,12 +148,14 @@ def way_in(
     width: int,
     fuse: Linear,
     first: Linear | None,
+    coding: bool,
 ) -> Program | None:
     """`fuse [x, y]`, or `fuse [x, silu(first y)]`, then layers and norm; x comes in, and y beside it.
 
-    None where the kernels do not know all of it.
+    coding: all weights are copied into codes of 8 bits. None where the kernels do not know all of it.
     """
     writer = Writer(library, width)
+    writer.coding = coding
     if type(writer.program) is not Program or isinstance(fuse.weight, Codes):
         return None
     read = writer.register("beside", fuse.inputs - width if first is None else first.inputs)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import islice
 from threading import local
-from typing import cast
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,6 +21,7 @@ from formery.parts.native.lower import Piece, lower, row_by_row, way_in, way_out
 from formery.parts.native.mode import Library, enabled
 from formery.parts.native.program import APPEND, ATTEND, Program, Step, Unfit
 from formery.parts.native.writer import Writer
+from formery.parts.part import activation
 
 DTYPES = (torch.float32, torch.bfloat16)
 MANY = 500_000  # weights from which a copy of them in 8 bits is made for guesses
@@ -37,9 +38,51 @@ def pieces(layers: nn.ModuleList, norm: nn.Module | None, width: int) -> list[Pi
 def entry(
     layers: nn.ModuleList, norm: nn.Module | None, width: int, fuse: Linear, first: Linear | None
 ) -> Program | None:
-    """As `pieces`, with the way into the layers of two kinds of vectors, as in `way_in`, all one program."""
+    """As `pieces`, with the way into the layers of two kinds of vectors, as in `way_in`, all one program.
+
+    For guesses: where the weights are many, it is made once, and reads a copy of them in 8 bits.
+    """
     library = enabled(*islice(layers.parameters(), 1))
-    return None if library is None or layers.training else way_in(library, list(layers), norm, width, fuse, first)
+    if library is None or layers.training:
+        return None
+    weights = [one for part in (layers, fuse, first, norm) if part is not None for one in part.parameters()]
+    many = sum(one.numel() for one in weights) >= MANY
+
+    def write() -> Program | None:
+        return way_in(library, list(layers), norm, width, fuse, first, many)
+
+    return _once(layers, library, weights, write) if many else write()
+
+
+def _once(
+    part: nn.Module, library: Library, weights: Iterable[Tensor], write: Callable[[], Program | None]
+) -> Program | None:
+    """What was written for this part before, as long as its weights are the same, or else is written now."""
+    state = (id(library), *((one.data_ptr(), one._version) for one in weights))
+    known = _products.coded.get(part)
+    if known is None or known[0] != state:
+        known = _products.coded[part] = state, write()
+    return known[1]
+
+
+def activated(part: Linear, hidden: Float[Tensor, "... inputs"], name: str) -> Float[Tensor, "... outputs"]:
+    """The activation of that name of `part(x)`, for guesses: by codes of 8 bits where the weights are many."""
+    library = enabled(hidden)
+    if isinstance(library, ctypes.CDLL) and hidden.dtype in DTYPES and part.inputs * part.outputs >= MANY // 4:
+
+        def write() -> Program | None:
+            writer = Writer(library, part.inputs)
+            writer.coding, writer.program.result = True, writer.register("result", part.outputs)
+            try:
+                writer.linear(part, 0, 1, activation=name)
+            except Unfit:
+                return None
+            return writer.program
+
+        program = _once(part, library, part.parameters(), write)
+        if program is not None:
+            return program.map(hidden)
+    return activation(name)(part(hidden))
 
 
 def chosen(
@@ -120,12 +163,7 @@ def _coded_out(part: nn.Module, library: Library, width: int) -> Program | None:
     weight = part.map.weight if isinstance(part, Output) else part.embedding.weight
     if isinstance(weight, Codes) or weight.numel() < MANY:
         return None
-    state = (id(library), weight.data_ptr(), weight._version)
-    known = _products.coded.get(part)
-    if known is None or known[0] != state:
-        known = _products.coded[part] = state, way_out(part, library, width, Codes.of(weight))
-    found: Program | None = known[1]
-    return found
+    return _once(part, library, [weight], lambda: way_out(part, library, width, Codes.of(weight)))
 
 
 def usable(hidden: Tensor) -> bool:
@@ -173,7 +211,7 @@ class _Products(local):
 
     def __init__(self) -> None:
         self.known = WeakTensorKeyDictionary()
-        self.coded = WeakKeyDictionary[nn.Module, tuple[tuple[int, int, int], Program | None]]()
+        self.coded = WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], Program | None]]()
 
 
 _products = _Products()

@@ -29,6 +29,7 @@ class Writer:
         self.names: dict[tuple[str, int], int] = {}
         self.narrowed: tuple[int, int] | None = None  # the register, and the form, that lies in the room
         self.label: str | None = None  # what the next steps are for, if it is to be told
+        self.coding = False  # whether the next weights are copied into codes of 8 bits
 
     def register(self, name: str, width: int) -> int:
         """A register of that width, shared by all that ask for it by that name."""
@@ -75,7 +76,8 @@ class Writer:
         self.fits(target, outputs)
         if shift is not None and shift.shape != (outputs,):
             raise Unfit
-        form, address, scales = store(weight, self.device)
+        coded = Codes.of(weight) if self.coding and isinstance(weight, Tensor) else weight
+        form, address, scales = store(coded, self.device)
         if form != FULL:
             if self.narrowed != (source, min(form, BYTE)):
                 self.step(kinds.NARROW, source, source, a=inputs, c=form)

@@ -78,7 +78,7 @@ class ChimeraDrafter(HeadedGuided):
         for row, read in zip(rows, lengths, strict=True):
             tokens, places = row.tokens, range(read + 1, read + 1 + time)
             found.append([_at(tokens, place - back) for place in places for back in _backwards(self.draft.tokens)])
-        return self.embedded(found).unflatten(1, (time, -1)).flatten(2)
+        return self.embedded(found).view(len(rows), time, -1)
 
 
 def _backwards(tokens: int) -> range:

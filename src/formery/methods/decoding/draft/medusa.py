@@ -20,7 +20,7 @@ from formery.generate.method import Method, drafting, register
 from formery.methods.decoding.draft.checks import faster, fewer_calls, lossless, surveyed
 from formery.methods.decoding.draft.training import ahead, decoder_of, guess_loss, guide_recipe
 from formery.models import Model
-from formery.models.guide import Guide
+from formery.models.guide import Guide, from_heads
 from formery.parts import Linear
 from formery.train.objective import Batch
 
@@ -34,8 +34,7 @@ class MedusaHeads(Guide):
         self.map = Linear(width, heads * width, bias=True, gain=0.1)
 
     def forward(self, hidden: Float[Tensor, "batch width"]) -> Float[Tensor, "batch heads width"]:
-        update = nn.functional.silu(self.map(hidden))
-        return hidden[:, None] + update.unflatten(-1, (self.heads, self.width))
+        return from_heads(self.map, hidden, hidden)
 
 
 class MedusaDrafter(ParallelGuided):
