@@ -44,7 +44,7 @@ class Case:
 CASES = [
     Case("code", 1, 64),
     Case("code", 8, 64),
-    Case("code", 1, 256, 60),
+    Case("code", 1, 256, 30),
     Case("translate", 1, 64),
     Case("translate", 8, 64),
 ]
