@@ -1,5 +1,6 @@
 """Models and references for the tests of generation: small random ones, and some that say what they are told to."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from functools import cache
 
@@ -230,9 +231,26 @@ def recital(text: Sequence[int], vocabulary: int, prompt: int = 1) -> Told:
     return Told(vocabulary, says)
 
 
-@torch.inference_mode()
+_scratch: dict[tuple[object, ...], tuple[list[int], str]] = {}
+
+
 def from_scratch(model: Decoder | EncoderDecoder, prompt: list[int], settings: Settings) -> tuple[list[int], str]:
-    """The plain meaning of greedy decoding, no state, no loop of ours: (tokens, why it stopped)."""
+    """The plain meaning of greedy decoding, no state, no loop of ours: (tokens, why it stopped).
+
+    Many tests ask the same of models of the same weights, which are written once.
+    """
+    weights = hashlib.sha256(repr((model.describe(), model.max_length, getattr(model, "start_token", 0))).encode())
+    for one in model.parameters():
+        weights.update(one.detach().numpy().tobytes())
+    key = (weights.digest(), id(model.tokenizer), tuple(prompt), settings)
+    if key not in _scratch:
+        _scratch[key] = _from_scratch(model, prompt, settings)
+    tokens, stop = _scratch[key]
+    return list(tokens), stop
+
+
+@torch.inference_mode()
+def _from_scratch(model: Decoder | EncoderDecoder, prompt: list[int], settings: Settings) -> tuple[list[int], str]:
     apart = model.reads_apart
     start = [model.start_token] if apart else list(prompt)
     ends = settings.stop_tokens or frozenset()

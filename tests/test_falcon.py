@@ -124,7 +124,7 @@ def test_it_learns_from_what_is_not_shown() -> None:
         positions = torch.arange(12).repeat(3, 1)
         positions[2, 8:] = -1
         batch = {"tokens": tokens, "positions": positions, "hidden": target.hidden(tokens)}
-        batch["written"] = (torch.arange(12) >= 4) & (positions >= 0)
+        batch |= {"written": (torch.arange(12) >= 4) & (positions >= 0), "step": torch.tensor(0)}
         for learn in (falcon.objective, partial(falcon.block_loss, share=0.0)):
             loss = learn(target, own, batch)
             loss.backward()  # type: ignore[no-untyped-call]

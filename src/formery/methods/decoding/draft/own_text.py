@@ -65,7 +65,7 @@ class OwnBatches:
     """Batches of such texts, endless, each epoch in another order; a batch is a function of its number alone.
 
     tokens, positions, hidden: as in `OwnText`. written: True at tokens that the target wrote. source,
-    source_positions: what the encoder read, where there is one.
+    source_positions: what the encoder read, where there is one. step: the number of the batch.
     """
 
     def __init__(self, text: OwnText, batch_size: int, seed: int = 0) -> None:
@@ -84,6 +84,7 @@ class OwnBatches:
             "tokens": text.tokens[rows, :longest].long(),
             "positions": text.positions[rows, :longest].long(),
             "hidden": text.hidden[rows, :longest].float(),
+            "step": torch.tensor(step),
         }
         at = torch.arange(longest)
         found["written"] = (at >= text.starts[rows][:, None]) & (found["positions"] >= 0)
