@@ -101,11 +101,12 @@ def small(tmp_path, monkeypatch):
             from formery.evidence.checks import survey
             def run(x):
                 '''Runs.'''
-                from formery.parts import late
+                from formery.parts import card, late
                 return Norm(x) + 1
         """,
         parts__norm="def Norm(x): return x  # as it is\n",
         parts__late="LATE = 1\n",
+        parts__card="PAPER = Paper(slug='one', does='It does.', check=run, works=('code',))\n",
         parts__other="OTHER = 1\n",
         evidence__checks="def survey(): ...\n",
     )
@@ -115,6 +116,7 @@ def small(tmp_path, monkeypatch):
 def test_digest_covers_what_is_imported(small):
     assert sorted(digest.modules("formery.methods.one")) == [
         "formery.methods.one",
+        "formery.parts.card",
         "formery.parts.late",
         "formery.parts.norm",
     ]
@@ -127,6 +129,9 @@ def test_digest_covers_what_is_imported(small):
         ("parts__norm", "def Norm(x):\n    '''New words.'''\n\n    # and a comment\n    return (x)\n", True),
         ("parts__norm", "def Norm(x): return -x\n", False),
         ("parts__norm", "def Norm(x: int): return x\n", False),
+        ("parts__card", "PAPER = Paper(slug='one', does='It does that.', check=run, works=('code',))\n", True),
+        ("parts__card", "PAPER = Paper(slug='one', does='It does.', check=walk, works=('code',))\n", False),
+        ("parts__card", "PAPER = Paper(slug='one', does='It does.', check=run, works=())\n", False),
         ("parts__late", "LATE = 2\n", False),
         ("parts__late", "LATE = (\n    1\n)\n'''About it.'''\n", True),
         ("parts__other", "OTHER = 2\n", True),
