@@ -367,15 +367,16 @@ def test_a_record_with_a_number_that_is_none_is_not_written(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_stale_when_code_or_models_change(small, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["code", "code/medusa"])
+def test_stale_when_code_or_models_change(small, tmp_path, monkeypatch, name):
     card = Paper(**CARD, module="formery.methods.one")
-    shipped = tmp_path / "code"
-    shipped.mkdir()
+    monkeypatch.setattr(record, "SHIPPED", tmp_path / "shipped")
+    shipped = tmp_path / "shipped" / name
+    shipped.mkdir(parents=True)
     (shipped / "formery.json").write_text("{}")
     (shipped / "model.safetensors").write_text("weights")
-    monkeypatch.setattr(record, "shipped", lambda: ["code"])
-    monkeypatch.setattr(record, "locate", lambda name: tmp_path / name)
-    one = sample(digest=digest.digest(card.module), models=record.model_digests(["code"]))
+    one = sample(digest=digest.digest(card.module), models=record.model_digests([name]))
+    assert one.models[name] != "absent" == record.model_digests(["../shipped"])["../shipped"]
     assert not record.stale(one, card)
     package(small, parts__norm="def Norm(x): return x  # another comment\n")
     assert not record.stale(one, card)

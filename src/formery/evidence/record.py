@@ -16,17 +16,17 @@ from formery.evidence.measured import Row
 from formery.evidence.paper import Paper
 from formery.evidence.verdict import Criterion, Verdict, judge
 from formery.files import atomic_write
-from formery.models import locate, shipped
 
 PACKAGE = Path(__file__).parents[1]
+SHIPPED = PACKAGE / "shipped"  # looked at from here, so that a list of papers need not import torch
 
 
 @dataclass(frozen=True)
 class Record:
     """One run of a check.
 
-    models: the shipped models that it ran, each with a digest of its files. digest: of the code that it holds
-    for. seconds: that the check took, without what an interrupted run before it had measured already.
+    models: the shipped models and guides that it ran, each with a digest of its files. digest: of the code that
+    it holds for. seconds: that the check took, without what an interrupted run before it had measured already.
     """
 
     slug: str
@@ -103,8 +103,14 @@ def stale(record: Record, paper: Paper) -> bool:
 
 
 def model_digests(names: Iterable[str]) -> dict[str, str]:
-    """A digest of the files of each shipped model, "absent" where there is no such model."""
-    return {name: _files_digest(locate(name)) if name in shipped() else "absent" for name in sorted(names)}
+    """A digest of the files of each shipped model or guide, "absent" where there is no such one."""
+    there = set(shipped_names())
+    return {name: _files_digest(SHIPPED / name) if name in there else "absent" for name in sorted(names)}
+
+
+def shipped_names() -> list[str]:
+    """All models and guides that come with the package."""
+    return sorted(path.parent.relative_to(SHIPPED).as_posix() for path in SHIPPED.glob("**/formery.json"))
 
 
 def _files_digest(folder: Path) -> str:

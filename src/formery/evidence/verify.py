@@ -19,7 +19,6 @@ from formery.evidence.paper import paper as paper_named
 from formery.evidence.record import Record
 from formery.evidence.verdict import judge
 from formery.files import atomic_write
-from formery.models import shipped
 
 
 class SavedUnits(Units):
@@ -67,7 +66,7 @@ def verify(
         raise FormeryError(f"the paper {slug} has no check yet, so there is nothing to verify.")
     budget = budget or Budget()
     folder = folder or records.records_folder()
-    code, models = digest(paper.module), records.model_digests(shipped())
+    code, models = digest(paper.module), records.model_digests(records.shipped_names())
     header = {
         "digest": code,
         "models": models,
