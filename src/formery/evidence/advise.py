@@ -6,7 +6,7 @@ weights are loaded, timed against the model in turn, and read the same text.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -186,7 +186,8 @@ class _Advisor:
     def _learn(self) -> None:
         """Decodes the prompts, and replays every method on each right after, so that a busy minute hits both alike."""
         # The first calls of a program are slow ones.
-        looks = [learn(self.model, self.sources[0], replace(self.settings, max_new_tokens=4)) for _ in range(3)]
+        brief = replace(self.settings, max_new_tokens=4)
+        looks = [learn(self.model, self.sources[0], brief) for _ in range(3)]
         first = min(looks, key=lambda one: one.seconds)
         self._shorten(first)
         affordable = int(self.seconds / 40 / (first.call + first.rest))
@@ -195,6 +196,7 @@ class _Advisor:
         self.known: list[Known] = []
         self.replays: dict[str, list[Replay]] = {}
         drafters = dict(self._drafters())
+        self._warm(drafters, brief)
         end = time.perf_counter() + 0.45 * self.seconds
         for number, source in enumerate(self.sources):
             if number >= LEAST_PROMPTS and time.perf_counter() > end:
@@ -208,6 +210,13 @@ class _Advisor:
                 if len(done) < ASKED or not done[-1].asked:
                     done.append(replay(self.model, known, make(), self.settings, called))
         self.done = len(self.sources)
+
+    def _warm(self, drafters: Mapping[str, Callable[[], Drafter]], brief: Settings) -> None:
+        """Has what drafters are given ready: what is built once, such as an index, is no part of a text's time."""
+        known = learn(self.model, self.sources[0], brief)
+        for name, make in drafters.items():
+            if find(name)[0].takes_draft:
+                replay(self.model, known, make(), brief)
 
     def _shorten(self, first: Known) -> None:
         """Cuts prompts down to their ends where reading one takes long, since they are read a hundred times."""
