@@ -377,15 +377,15 @@ def test_stale_when_code_or_models_change(small, tmp_path, monkeypatch, name):
     (shipped / "model.safetensors").write_text("weights")
     one = sample(digest=digest.digest(card.module), models=record.model_digests([name]))
     assert one.models[name] != "absent" == record.model_digests(["../shipped"])["../shipped"]
-    assert not record.stale(one, card)
+    assert not record.stale(one, card.module)
     package(small, parts__norm="def Norm(x): return x  # another comment\n")
-    assert not record.stale(one, card)
+    assert not record.stale(one, card.module)
     (shipped / "model.safetensors").write_text("other weights")
-    assert record.stale(one, card)
+    assert record.stale(one, card.module)
     (shipped / "model.safetensors").write_text("weights")
-    assert not record.stale(one, card)
+    assert not record.stale(one, card.module)
     package(small, parts__norm="def Norm(x): return 2 * x\n")
-    assert record.stale(one, card)
+    assert record.stale(one, card.module)
 
 
 def test_records_are_at_the_root_of_a_checkout(tmp_path, monkeypatch):
@@ -614,7 +614,7 @@ def test_a_check_measures_all_settings_and_gives_a_record(house, slug, tmp_path)
     made = verify.verify(slug, budget, lambda *now: told.append(now), tmp_path)
     assert record.read(slug, tmp_path) == made
     assert [path.name for path in tmp_path.iterdir()] == [f"{slug}.json"]
-    assert not record.stale(made, PAPERS[slug])
+    assert not record.stale(made, PAPERS[slug].module)
     assert {(row.work, row.batch) for row in made.rows} == {
         (w, b) for w in ("code", "translate") for b in (1, 8)
     }

@@ -6,6 +6,7 @@ import json
 import platform
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +66,20 @@ def trained(name: str) -> Path:
     known = recipes()
     if name not in known:
         raise unknown("recipe", name, known)
-    sources = {inspect.getfile(inspect.unwrap(one)) for one in (known[name].run, *known[name].parts)}
+    sources = {_source(one) for one in (known[name].run, *known[name].parts)}
     digest = hashlib.sha256(b"".join(Path(source).read_bytes() for source in sorted(sources))).hexdigest()[:16]
     out = cache() / "trained" / f"{name}-{digest}"
     if not (out / "model" / "README.md").exists():
-        train_and_ship(name, out, None, resume=out.exists())
+        with torch.inference_mode(False), torch.enable_grad():  # a check that asks for it may be only reading
+            train_and_ship(name, out, None, resume=out.exists())
     return out / "model"
+
+
+def _source(made: Any) -> str:
+    """The file that defines a function or a class, with arguments already given or not."""
+    while isinstance(made, partial):
+        made = made.func
+    return inspect.getfile(inspect.unwrap(made))
 
 
 def measured(trained: Trained, folder: Path) -> Results:

@@ -11,14 +11,15 @@ import hashlib
 import importlib.util
 import sys
 from collections.abc import Iterable, Iterator
-from functools import lru_cache
 from pathlib import Path
 
 from formery.errors import FormeryError
+from formery.evidence.kept import Kept
 
 PACKAGE = "formery"
 ROOT = Path(__file__).parents[1]
 MEASURED = ("check", "works")  # of a card; the rest of it is words
+KEPT = Kept("sources", hashlib.sha256(Path(__file__).read_bytes()).hexdigest())
 APART = ("formery.evidence", "formery.catalog", "formery.cli", "formery.web")
 
 
@@ -26,7 +27,8 @@ def digest(module: str) -> str:
     """sha256 over the names and the meaning of `module` and all that it imports of this package."""
     found = modules(module)
     lines = [f"{name} {_read(path)[0]}\n" for name, path in sorted(found.items())]
-    lines += [f"{path.name} {_compiled(path)}\n" for path in _beside(found.values())]
+    lines += [f"{path.name} {KEPT.of(path, _compiled)}\n" for path in _beside(found.values())]
+    KEPT.save()
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
@@ -75,15 +77,15 @@ def _apart(module: str) -> bool:
     return any(module == room or module.startswith(f"{room}.") for room in APART)
 
 
-def _read(path: Path) -> tuple[str, tuple[str, ...]]:
-    return _parsed(path, path.stat().st_mtime_ns)
-
-
-@lru_cache(maxsize=4096)
-def _parsed(path: Path, modified: int) -> tuple[str, tuple[str, ...]]:
+def _read(path: Path) -> tuple[str, list[str]]:
     """The digest of a file's meaning, and which modules of this package it imports, if there are such."""
+    meant, names = KEPT.of(path, _parsed)
+    return meant, names
+
+
+def _parsed(path: Path) -> tuple[str, list[str]]:
     tree = ast.parse(path.read_bytes())
-    return hashlib.sha256(meaning(tree).encode()).hexdigest(), tuple(dict.fromkeys(imported(tree)))
+    return hashlib.sha256(meaning(tree).encode()).hexdigest(), list(dict.fromkeys(imported(tree)))
 
 
 def imported(tree: ast.AST) -> Iterator[str]:

@@ -2,12 +2,14 @@
 
 import re
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal, get_args
 
 from formery.errors import FormeryError, unknown
 from formery.evidence.measured import Budget, Measured
 
+Training = Literal["", "none", "added", "whole"]
 SLUG = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 
 
@@ -18,7 +20,9 @@ class Paper:
     slug: its name here. part: of a transformer, that it changes ("decoding"). domain: what it was shown on.
     does, claims: a sentence or two. needs: what a full test of the claim would need that is not at hand.
     check: measures the claim within a budget; None until there is one. works: what the check runs on.
-    module: holds its code; filled by `publish`.
+    name: what it is called for short. training: "none" (a trained model is taken as it is), "added" (small parts are
+    trained on top of it, or it is tuned a little), "whole" (a model is trained with it). related: by slug, what a paper
+    shares with this one. added: the day it came in here. module: holds its code; filled by `publish`.
     """
 
     slug: str
@@ -31,6 +35,10 @@ class Paper:
     needs: str = ""
     check: Callable[[Budget], Measured] | None = None
     works: tuple[str, ...] = ()
+    name: str = ""
+    training: Training = ""
+    related: Mapping[str, str] = field(default_factory=dict)
+    added: str = ""
     module: str = ""
 
     def __post_init__(self) -> None:
@@ -41,6 +49,8 @@ class Paper:
         for name in ("title", "part", "domain", "does", "claims"):
             if not getattr(self, name).strip():
                 raise FormeryError(f"the paper {self.slug} has no {name}; say it in a sentence.")
+        if self.training not in get_args(Training):
+            raise FormeryError(f"the paper {self.slug} trains {self.training!r}; there are none, added and whole.")
         if not 1900 <= self.year <= 2100:
             raise FormeryError(f"the paper {self.slug} is from {self.year}, which is no year of publication.")
 

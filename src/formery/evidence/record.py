@@ -4,7 +4,6 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,14 @@ import pydantic
 
 from formery.errors import FormeryError
 from formery.evidence.digest import digest
+from formery.evidence.kept import Kept
 from formery.evidence.measured import Row
-from formery.evidence.paper import Paper
 from formery.evidence.verdict import Criterion, Verdict, judge
 from formery.files import atomic_write
 
 PACKAGE = Path(__file__).parents[1]
 SHIPPED = PACKAGE / "shipped"  # looked at from here, so that a list of papers need not import torch
+KEPT = Kept("weights", "sha256")
 
 
 @dataclass(frozen=True)
@@ -97,15 +97,17 @@ def read(slug: str, folder: Path | None = None) -> Record | None:
     return record
 
 
-def stale(record: Record, paper: Paper) -> bool:
-    """Whether the code, or a model that comes with it, is no longer what the record holds for."""
-    return record.digest != digest(paper.module) or record.models != model_digests(record.models)
+def stale(record: Record, module: str) -> bool:
+    """Whether the code in `module`, or a model that comes with it, is no longer what the record holds for."""
+    return record.digest != digest(module) or record.models != model_digests(record.models)
 
 
 def model_digests(names: Iterable[str]) -> dict[str, str]:
     """A digest of the files of each shipped model or guide, "absent" where there is no such one."""
     there = set(shipped_names())
-    return {name: _files_digest(SHIPPED / name) if name in there else "absent" for name in sorted(names)}
+    found = {name: _files_digest(SHIPPED / name) if name in there else "absent" for name in sorted(names)}
+    KEPT.save()
+    return found
 
 
 def shipped_names() -> list[str]:
@@ -115,14 +117,10 @@ def shipped_names() -> list[str]:
 
 def _files_digest(folder: Path) -> str:
     files = [folder / name for name in ("formery.json", "model.safetensors", "tokenizer.json")]
-    there = [path for path in files if path.is_file()]
-    return _digest_of(tuple((path, path.stat().st_mtime_ns) for path in there))
-
-
-@lru_cache(maxsize=64)
-def _digest_of(files: tuple[tuple[Path, int], ...]) -> str:
-    parts = []
-    for path, _ in files:
-        with path.open("rb") as file:
-            parts.append(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n")
+    parts = [f"{path.name} {KEPT.of(path, _sha256)}\n" for path in files if path.is_file()]
     return hashlib.sha256("".join(parts).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,6 +1,6 @@
 """Papers in a terminal: the list, a card with its evidence, and what a check just saw."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
@@ -8,16 +8,18 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from formery.catalog.card import TRAINING
 from formery.web.table import listing
 from formery.web.words import machine_line
 
 if TYPE_CHECKING:
-    from formery.catalog import Entry
+    from formery.catalog import Card, Entry
     from formery.evidence.record import Record
     from formery.evidence.verdict import Criterion
 
 STYLES = {"holds": "green", "holds in part": "yellow", "does not hold": "red"}
 STATUS = {
+    "entry only": "in the catalogue; its code is not written yet",
     "runs": "the code is here, its check has not run yet",
     "checked": "checked with the code that is here",
     "stale": "checked before the code or a model changed: verify it again",
@@ -28,9 +30,9 @@ def paper_list(entries: Sequence["Entry"]) -> RenderableType:
     """The papers, one a line or two, with where they stand."""
     rows = [
         (
-            Text(entry.paper.slug, style="bold"),
-            Text(f"{entry.paper.title} ({entry.paper.year})"),
-            entry.paper.part,
+            Text(entry.card.slug, style="bold"),
+            Text(heading(entry.card)),
+            entry.card.part,
             entry.status,
             verdict_text(entry.verdict),
         )
@@ -39,49 +41,76 @@ def paper_list(entries: Sequence["Entry"]) -> RenderableType:
     return listing(("paper", "title", "part", "status", "verdict"), rows)
 
 
+def heading(card: "Card") -> str:
+    """A title with its year, where that is known."""
+    return f"{card.title} ({card.year})" if card.year else card.title
+
+
 def verdict_text(verdict: str | None) -> Text:
     """A verdict in its colour; a dash where there is none."""
     return Text(verdict or "–", style=STYLES.get(verdict or "", ""))
 
 
+def facts(entry: "Entry") -> Iterator[tuple[str, str]]:
+    """What a card says, each with its name."""
+    card = entry.card
+    yield "does", card.does
+    yield "claims", card.claims
+    if card.needs:
+        yield "needs", card.needs
+    if card.training:
+        yield "training", f"{card.training}: {TRAINING[card.training]}"
+    if card.exact:
+        yield "output", "the very one of the plain method"
+    yield "part", f"{card.part}, shown on {card.domain.replace('-', ' ')}"
+    if card.kind != "system":
+        yield "kind", card.kind
+    if card.module:
+        yield "code", card.module
+    yield "status", f"{entry.status}: {STATUS[entry.status]}"
+
+
 def card(entry: "Entry") -> RenderableType:
-    """A paper's card, its evidence, and how to run it."""
-    paper = entry.paper
-    facts = Table.grid(padding=(0, 2))
-    facts.add_column(style="dim", no_wrap=True)
-    facts.add_column()
-    facts.add_row("does", paper.does)
-    facts.add_row("claims", paper.claims)
-    if paper.needs:
-        facts.add_row("needs", paper.needs)
-    facts.add_row("part", f"{paper.part}, shown on {paper.domain}")
-    facts.add_row("code", paper.module)
-    facts.add_row("status", f"{entry.status}: {STATUS[entry.status]}")
-    parts: list[RenderableType] = [Text(f"{paper.title} ({paper.year})", style="bold"), Text(), facts]
-    if entry.record is not None:
-        parts += [Text(), evidence(entry.record)]
-    commands = [*_commands(entry), f"formery verify {paper.slug}"]
-    parts += [Text(), Text("run it", style="bold"), *(Text(f"  {command}") for command in commands)]
+    """A paper's card, its evidence, how to run it, and what is near it."""
+    one, record = entry.card, entry.record
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column()
+    for name, text in facts(entry):
+        table.add_row(name, Text(text))
+    parts: list[RenderableType] = [Text(heading(one), style="bold"), Text(), table]
+    if record is not None:
+        parts += [Text(), evidence(record)]
+    if one.module:
+        parts += [Text(), Text("run it", style="bold"), *(Text(f"  {command}") for command in commands(one))]
+    if near := [*one.related.items(), *((slug, "covers it") for slug in one.covers)]:
+        beside = Table.grid(padding=(0, 2))
+        beside.add_column(no_wrap=True)
+        beside.add_column(style="dim")
+        for slug, shared in near:
+            beside.add_row(Text(f"  {slug}"), Text(shared))
+        parts += [Text(), Text("related", style="bold"), beside]
     return Group(*parts)
 
 
 def card_json(entry: "Entry") -> dict[str, Any]:
     """All that `card` shows, as plain data."""
-    paper = entry.paper
-    named = ("year", "domain", "does", "claims", "needs", "module")
+    record = entry.record
     return {
+        **entry.card.to_json(),
         **entry.to_json(),
-        **{name: getattr(paper, name) for name in named},
-        "methods": [method.name for method in entry.methods],
-        "record": None if entry.record is None else entry.record.to_json(),
+        "commands": commands(entry.card),
+        "record": None if record is None else record.to_json(),
     }
 
 
-def _commands(entry: "Entry") -> Iterable[str]:
-    works = entry.paper.works or ("code",)
-    for method in entry.methods:
-        for work in works:
-            yield f"formery compare {work} --methods {method.name}"
+def commands(card: "Card") -> list[str]:
+    """How to run a paper's methods and its check; none where there is no code."""
+    if not card.module:
+        return []
+    named = [method.name for method in card.methods]
+    runs = [f"formery compare {work} --methods {','.join(named)}" for work in card.works or ("code",) if named]
+    return [*runs, f"formery verify {card.slug}"]
 
 
 def evidence(record: "Record") -> RenderableType:

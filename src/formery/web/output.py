@@ -29,7 +29,11 @@ def check_targets(*paths: str | None) -> None:
 
 def write_json(data: Any, path: str) -> None:
     """Writes to a file, whole or not at all, or to stdout for "-"."""
-    text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+    write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", path)
+
+
+def write_text(text: str, path: str) -> None:
+    """Writes to a file, whole or not at all, or to stdout for "-"."""
     if path == "-":
         sys.stdout.write(text)
         return

@@ -3,8 +3,6 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from formery.generate.method import find
-
 if TYPE_CHECKING:
     from formery.evidence.compare import MethodRow
     from formery.generate import Generation
@@ -53,6 +51,8 @@ def short(method: str) -> str:
 
 def promise(row: "MethodRow") -> str:
     """What a method promises, compared with greedy decoding or, where it draws, with plain sampling."""
+    from formery.generate.method import find  # with torch, which a list of papers does without
+
     if not row.lossless:
         return OTHER
     return DISTRIBUTION if find(row.method)[0].defaults.get("temperature", 0) > 0 else IDENTICAL

@@ -241,6 +241,15 @@ PAPER = publish(
         claims="Early exits get better with no part added; summaries come up to 2.16 times faster, code 1.82 and "
         "parses 2.0 times, with less memory than a second model takes.",
         needs="Llama models of 1 to 70 billion parameters and a graphics card, for the size of the speed-up.",
+        name="LayerSkip",
+        training="whole",
+        related={
+            "swift": "the model drafts for itself",
+            "mue": "early exit",
+            "unified-layer-skipping": "layers skipped",
+            "m2r2": "early layers draft",
+        },
+        added="2026-11-27",
         check=check,
         works=("code",),
     )

@@ -290,6 +290,15 @@ PAPER = publish(
         claims="Decoding is up to 2.8 times faster by its drafts, more than by a second model, Medusa or look-ahead "
         "decoding, and 2.9 times with experts fetched ahead; early answers are better than those of exits.",
         needs="Chat models of 7 billion parameters, a mixture of experts that does not fit, and a graphics card.",
+        name="M2R2",
+        training="added",
+        related={
+            "layerskip": "early layers draft",
+            "swift": "the model drafts for itself",
+            "mue": "early exit",
+            "first": "less depth for easy tokens",
+        },
+        added="2026-11-27",
         check=check,
         works=("code", "translate"),
     )

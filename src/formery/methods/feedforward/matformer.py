@@ -283,6 +283,15 @@ PAPER = publish(
         claims="A model of 2.6 billion parameters yields ones from 1.5 billion on that are as good as those trained "
         "alone; image encoders keep their metric space; drafting with a part of the model decodes faster still.",
         needs="Training of models of billions of parameters, each size by itself too; images for the encoders.",
+        name="MatFormer",
+        training="whole",
+        related={
+            "slimmable-multi-task": "many sizes in one model",
+            "tleg": "many models from one",
+            "layerskip": "the model drafts for itself",
+            "spark-transformer": "part of the feed-forward at work",
+        },
+        added="2026-11-27",
         check=check,
         works=("code",),
     )

@@ -281,6 +281,15 @@ PAPER = publish(
         claims="Decoding is about 2.5 times faster without any training, the text unchanged, and drafts get better as "
         "the model goes on.",
         needs="Chat models on accelerators, for the size of the speed-up.",
+        name="ADED",
+        training="none",
+        related={
+            "aggressive-decoding": "drafts without a network",
+            "stree": "trees without a network",
+            "swift": "learns while it decodes",
+            "pg-td": "a search over tokens",
+        },
+        added="2026-11-27",
         check=check,
         works=("code", "translate"),
     )

@@ -86,6 +86,15 @@ PAPER = publish(
         claims="Where the output mostly repeats the input, as in correcting grammar, decoding is 7 to 9 "
         "times faster and the text identical.",
         needs="A trained corrector of grammar with its corpora, and accelerators.",
+        name="Aggressive Decoding",
+        training="none",
+        related={
+            "aded": "drafts without a network",
+            "stree": "drafts copied from the text",
+            "parallel-jacobi-decoding": "faster without training",
+            "specdec": "guesses checked on an encoder-decoder",
+        },
+        added="2026-11-27",
         check=check,
         works=("code", "translate"),
     )

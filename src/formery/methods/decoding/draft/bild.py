@@ -125,6 +125,15 @@ PAPER = publish(
         claims="Translation and summarisation are up to 2.12 times faster on a T4 with minimal loss of quality, and "
         "neither model is trained anew or changed.",
         needs="Models of T5's size and a T4, for the size of the speed-up.",
+        name="BiLD",
+        training="added",
+        related={
+            "speculative-sampling": "a small and a large model together",
+            "specdec": "a looser rule of acceptance",
+            "mue": "cheap where it is sure",
+            "hybrid-decoding": "a light decoder and a check",
+        },
+        added="2026-11-27",
         check=check,
         works=("code", "translate"),
     )

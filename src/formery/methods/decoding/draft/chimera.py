@@ -171,6 +171,15 @@ PAPER = publish(
         claims="Guesses are far better than those of heads without attention, and chat models decode 2.7 times faster "
         "on average, their text unchanged.",
         needs="Vicuna or LLaMA-2 on accelerators, for the size of the speed-up.",
+        name="Chimera",
+        training="added",
+        related={
+            "medusa": "heads that guess ahead",
+            "eagle": "one attention layer drafts",
+            "clover-2": "a guide on a frozen model",
+            "falcon": "a guide on a frozen model",
+        },
+        added="2026-11-27",
         check=check,
         works=("code", "translate"),
     )

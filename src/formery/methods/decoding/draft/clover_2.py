@@ -247,6 +247,15 @@ PAPER = publish(
         claims="It has the cost of a recurrent drafter and the accuracy of one with an attention layer, up to 7.7 % "
         "more tokens in a step than EAGLE on Vicuna 7B and LLaMA-3 8B, the text unchanged.",
         needs="Chat models of 7 and 8 billion parameters on accelerators, for the size of the gains.",
+        name="Clover-2",
+        training="added",
+        related={
+            "redrafter": "a recurrent state drafts",
+            "eagle": "one attention layer drafts",
+            "chimera": "a guide on a frozen model",
+            "gumiho": "serial guesses",
+        },
+        added="2026-11-27",
         check=check,
         works=("code", "translate"),
     )

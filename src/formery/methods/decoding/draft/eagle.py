@@ -112,6 +112,16 @@ PAPER = publish(
         "own guesses of the next vectors, of which its output makes tokens to check.",
         claims="A chat model of 70 billion parameters decodes 2.7 to 3.5 times faster, with its own distribution.",
         needs="A chat model of 7 to 70 billion parameters, and accelerators, for the size of the speed-up.",
+        name="EAGLE",
+        training="added",
+        related={
+            "clover-2": "one attention layer drafts",
+            "gumiho": "one attention layer drafts",
+            "chimera": "a guide on a frozen model",
+            "falcon": "one attention layer drafts",
+            "medusa": "a guide on a frozen model",
+        },
+        added="2026-11-27",
         check=check,
         works=("code", "translate"),
     )

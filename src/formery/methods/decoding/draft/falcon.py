@@ -291,6 +291,15 @@ PAPER = publish(
         claims="Chat models decode 2.91 to 3.51 times faster by a guide as large as two of their layers, faster than "
         "by Eagle, Medusa and Lookahead, their text unchanged.",
         needs="Vicuna or LLaMA-2 on accelerators, for the size of the speed-up.",
+        name="Falcon",
+        training="added",
+        related={
+            "glat": "answers shown in training",
+            "diffglat": "answers shown in training",
+            "eagle": "one attention layer drafts",
+            "hidden-transfer": "a block guessed at once",
+        },
+        added="2026-11-27",
         check=check,
         works=("code", "translate"),
     )

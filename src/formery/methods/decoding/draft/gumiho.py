@@ -276,6 +276,15 @@ PAPER = publish(
         claims="Early guesses matter more than late ones, and a guide that is strong there and cheap elsewhere decodes "
         "faster than all-serial and all-parallel ones.",
         needs="Chat models of 7 to 70 billion parameters on accelerators, for the size of the speed-up.",
+        name="Gumiho",
+        training="added",
+        related={
+            "eagle": "one attention layer drafts",
+            "medusa": "heads that guess ahead",
+            "redrafter": "serial guesses",
+            "clover-2": "serial guesses",
+        },
+        added="2026-11-27",
         check=check,
         works=("code", "translate"),
     )

@@ -223,6 +223,15 @@ PAPER = publish(
         claims="Decoding is faster than by any other acceleration of a single model, Medusa and self-speculation "
         "among them, and the text is unchanged.",
         needs="Chat models of 7 and 13 billion parameters and a graphics card, for the size of the speed-up.",
+        name="Hidden Transfer",
+        training="added",
+        related={
+            "medusa": "several tokens guessed at once",
+            "lexical-unit-decoding": "places for tokens to come",
+            "ftp": "vectors that hold coming tokens",
+            "falcon": "a block guessed at once",
+        },
+        added="2026-11-27",
         check=check,
         works=("code", "translate"),
     )

@@ -195,6 +195,15 @@ PAPER = publish(
         "once, keeps what it agrees with, writes anew where it does not, and goes on with the rest.",
         claims="More than twice as fast at as many wrong words or fewer, and more robust against repetitions.",
         needs="A recogniser of Whisper's size and recorded speech, for the words and the repetitions.",
+        name="Hybrid decoding",
+        training="added",
+        related={
+            "whisper-medusa": "faster speech recognition",
+            "specdec": "a second decoder drafts",
+            "return-of-the-encoder": "a light decoder on an encoder",
+            "efficient-canary-training": "faster speech recognition",
+        },
+        added="2026-11-27",
         check=check,
         works=("translate",),
     )

@@ -101,6 +101,16 @@ PAPER = publish(
         "combinations make a tree that the model checks in one call.",
         claims="Decoding is 2.2 times faster with the model frozen, and 2.3 to 2.8 times with the model trained along.",
         needs="A chat model of 7 billion parameters or more, and accelerators, for the size of the speed-up.",
+        name="Medusa",
+        training="added",
+        related={
+            "whisper-medusa": "heads that guess ahead",
+            "hidden-transfer": "several tokens guessed at once",
+            "gumiho": "heads that guess ahead",
+            "chimera": "a guide on a frozen model",
+            "eagle": "a guide on a frozen model",
+        },
+        added="2026-11-27",
         check=check,
         works=("code", "translate"),
     )

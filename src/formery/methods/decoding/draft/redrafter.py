@@ -184,6 +184,15 @@ PAPER = publish(
         claims="Guesses that know their predecessors stand more often than those of independent heads, laying shared "
         "beginnings together spares the model work, and Vicuna decodes up to 2.8 times faster, its text unchanged.",
         needs="Vicuna on accelerators, for the size of the speed-up.",
+        name="ReDrafter",
+        training="added",
+        related={
+            "clover-2": "a recurrent state drafts",
+            "medusa": "a guide on a frozen model",
+            "eagle": "drafts that depend on each other",
+            "gumiho": "serial guesses",
+        },
+        added="2026-11-27",
         check=check,
         works=("code", "translate"),
     )

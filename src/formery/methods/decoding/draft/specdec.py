@@ -234,6 +234,15 @@ PAPER = publish(
         claims="Translation and summarisation are about 5 times as fast at the quality of beam search, where earlier "
         "ways to draft and check came to 1.4 to 2 times.",
         needs="Translators and summarisers of the paper's size, their training text, and a graphics card.",
+        name="SpecDec",
+        training="added",
+        related={
+            "speculative-sampling": "a small drafter checked by the target",
+            "hybrid-decoding": "a second decoder drafts",
+            "glat": "a whole block guessed at once",
+            "bild": "a looser rule of acceptance",
+        },
+        added="2026-11-27",
         check=check,
         works=("translate",),
     )

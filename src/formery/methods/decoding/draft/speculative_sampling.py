@@ -103,6 +103,15 @@ PAPER = publish(
         claims="A model of 70 billion parameters decodes 2 to 2.5 times faster, and the distribution of what "
         "it writes is unchanged.",
         needs="A target of 70 billion parameters on accelerators, for the size of the speed-up.",
+        name="Speculative sampling",
+        training="added",
+        related={
+            "specdec": "a small drafter checked by the target",
+            "bild": "a small and a large model together",
+            "aggressive-decoding": "guesses checked in one call",
+            "medusa": "guesses checked in one call",
+        },
+        added="2026-11-27",
         check=check,
         works=("code", "translate"),
     )

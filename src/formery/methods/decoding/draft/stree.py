@@ -272,6 +272,15 @@ PAPER = publish(
         claims="Trees cost less so than with a state for each branch, and beat chains of drafts on hybrid models even "
         "with a simple drafter.",
         needs="Published Mamba-2 and hybrid models on accelerators, for the speeds reported.",
+        name="STree",
+        training="none",
+        related={
+            "retnet": "recurrent states",
+            "apriel-h1": "models with state-space layers",
+            "aggressive-decoding": "drafts copied from the text",
+            "hybridna": "models with state-space layers",
+        },
+        added="2026-11-27",
         check=check,
         works=("code",),
     )

@@ -243,6 +243,15 @@ PAPER = publish(
         claims="Many models and tasks are decoded 1.3 to 1.6 times faster, without training, with the very "
         "distribution of the model; which sublayers can go depends on the task.",
         needs="Large pretrained models (13 billion parameters and more), whose layers are redundant.",
+        name="SWIFT",
+        training="none",
+        related={
+            "layerskip": "the model drafts for itself",
+            "unified-layer-skipping": "layers skipped",
+            "finercut": "which parts can be left out",
+            "first": "layers skipped by input",
+        },
+        added="2026-11-27",
         check=check,
         works=("code", "translate"),
     )

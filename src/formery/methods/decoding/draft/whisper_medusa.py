@@ -127,6 +127,15 @@ PAPER = publish(
         "one more decoder layer that all share; one call checks the guesses.",
         claims="Speech is recognised with half the latency, and hardly more words are wrong.",
         needs="A recogniser of Whisper's size, recorded speech and an accelerator, for the latency and the words.",
+        name="Whisper-Medusa",
+        training="added",
+        related={
+            "medusa": "heads that guess ahead",
+            "hybrid-decoding": "faster encoder-decoders",
+            "whisfusion": "faster speech recognition",
+            "specdec": "faster encoder-decoders",
+        },
+        added="2026-11-27",
         check=check,
         works=("translate",),
     )

@@ -293,6 +293,15 @@ PAPER = publish(
         claims="Natural language is generated 33 % faster at no loss of quality, and code 30 % faster at a loss of "
         "3 %, with no part added to the model.",
         needs="Models of LLaMA's size, for the stated speeds.",
+        name="Lexical Unit Decoding",
+        training="added",
+        related={
+            "hidden-transfer": "places for tokens to come",
+            "parallel-jacobi-decoding": "several tokens a call",
+            "ftp": "several tokens at once",
+            "medusa": "several tokens at once",
+        },
+        added="2026-11-27",
         check=check,
         works=("code",),
     )

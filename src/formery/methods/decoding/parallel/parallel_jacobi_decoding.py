@@ -156,6 +156,15 @@ PAPER = publish(
         claims="Translation models as they are decode up to 38 % faster, nearly twice as fast with enough "
         "parallel hardware, and translate the same.",
         needs="More parallel hardware, for the larger of the two factors.",
+        name="Parallel Jacobi decoding",
+        training="none",
+        related={
+            "aggressive-decoding": "faster without training",
+            "lexical-unit-decoding": "several tokens a call",
+            "glat": "parallel translation",
+            "hidden-transfer": "guesses at many places",
+        },
+        added="2026-11-27",
         check=check,
         works=("code", "translate"),
     )
