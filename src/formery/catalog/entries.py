@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 from formery.catalog.card import PARTS, Card, card, cards
 from formery.errors import FormeryError, unknown
 from formery.evidence import record as records
-from formery.evidence.digest import digest
+from formery.evidence.digest import Sources, digest
 from formery.evidence.kept import Kept
 from formery.evidence.record import Record
 from formery.evidence.verdict import Verdict
@@ -96,7 +96,8 @@ class Wanted:
 
 def papers() -> list[Entry]:
     """All papers, by part and slug."""
-    found = [standing(one) for one in cards().values()]
+    sources = Sources()
+    found = [standing(one, sources) for one in cards().values()]
     KEPT.save()
     return found
 
@@ -106,7 +107,7 @@ def entry(slug: str) -> Entry:
     return standing(card(slug))
 
 
-def standing(one: Card) -> Entry:
+def standing(one: Card, sources: Sources | None = None) -> Entry:
     """A paper with where it stands."""
     if not one.module:
         return Entry(one, "entry only")
@@ -114,7 +115,7 @@ def standing(one: Card) -> Entry:
     if not path.is_file():
         return Entry(one, "runs")
     found = KEPT.of(path, _summary)
-    agree = found["digest"] == digest(one.module) and found["models"] == records.model_digests(found["models"])
+    agree = found["digest"] == digest(one.module, sources) and found["models"] == records.model_digests(found["models"])
     return Entry(one, "checked" if agree else "stale", found["verdict"], found["date"][:10])
 
 

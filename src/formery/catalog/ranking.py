@@ -31,14 +31,19 @@ def ranked(query: str, words: bool = True, meaning: bool = False) -> list[str]:
     return sorted(scores, key=lambda slug: (-scores[slug], slug))
 
 
-def search(query: str = "", wanted: Wanted | None = None, meaning: bool | None = None) -> list[Entry]:
+def search(
+    query: str = "",
+    wanted: Wanted | None = None,
+    meaning: bool | None = None,
+    among: Sequence[Entry] | None = None,
+) -> list[Entry]:
     """The papers that a query finds, best first; all of them, in order, without one.
 
-    meaning: look for the meaning too; by default where that is installed. Raises FormeryError for a filter's unknown
-    value, and where meaning is asked for and not installed.
+    meaning: look for the meaning too; by default where that is installed. among: all entries, where they were just read.
+    Raises FormeryError for a filter's unknown value, and where meaning is asked for and not installed.
     """
     wanted = (wanted or Wanted()).check()
-    entries = {entry.card.slug: entry for entry in papers()}
+    entries = {entry.card.slug: entry for entry in (papers() if among is None else among)}
     if query.strip():
         found = ranked(query, meaning=meanings.installed() if meaning is None else meaning)
         entries = {slug: entries[slug] for slug in found}

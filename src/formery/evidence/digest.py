@@ -10,7 +10,8 @@ import ast
 import hashlib
 import importlib.util
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from formery.errors import FormeryError
@@ -23,26 +24,58 @@ KEPT = Kept("sources", hashlib.sha256(Path(__file__).read_bytes()).hexdigest())
 APART = ("formery.evidence", "formery.catalog", "formery.cli", "formery.web")
 
 
-def digest(module: str) -> str:
+@dataclass
+class Sources:
+    """The sources as they are now, each looked at once: what a list of papers would look at over and over.
+
+    found: by module its file, the digest of what it says and what it imports of this package; None where there is no
+    such module. beside: by folder the sources in C++ there, as lines of a digest.
+    """
+
+    found: dict[str, tuple[Path, str, list[str]] | None] = field(default_factory=dict)
+    beside: dict[Path, list[str]] = field(default_factory=dict)
+
+    def of(self, module: str) -> tuple[Path, str, list[str]] | None:
+        """A module's file, the digest of what it says, and what it imports."""
+        if module not in self.found:
+            path = source_of(module)
+            self.found[module] = None if path is None else (path, *KEPT.of(path, _parsed))
+        return self.found[module]
+
+    def compiled(self, folder: Path) -> list[str]:
+        """The sources in C++ in a folder, which its modules build."""
+        if folder not in self.beside:
+            paths = sorted([*folder.glob("*.h"), *folder.glob("*.cpp")])
+            self.beside[folder] = [f"{path.name} {KEPT.of(path, _compiled)}\n" for path in paths]
+        return self.beside[folder]
+
+
+def digest(module: str, sources: Sources | None = None) -> str:
     """sha256 over the names and the meaning of `module` and all that it imports of this package."""
-    found = modules(module)
-    lines = [f"{name} {_read(path)[0]}\n" for name, path in sorted(found.items())]
-    lines += [f"{path.name} {KEPT.of(path, _compiled)}\n" for path in _beside(found.values())]
+    sources = sources or Sources()
+    found = modules(module, sources)
+    lines = []
+    for name in sorted(found):
+        source = sources.of(name)
+        assert source is not None
+        lines.append(f"{name} {source[1]}\n")
+    for folder in sorted({path.parent for path in found.values()}):
+        lines += sources.compiled(folder)
     KEPT.save()
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def modules(module: str) -> dict[str, Path]:
+def modules(module: str, sources: Sources | None = None) -> dict[str, Path]:
     """The module and those of this package that it imports, directly or not, with their files."""
+    sources = sources or Sources()
     found: dict[str, Path] = {}
     waiting = [module]
     while waiting:
         name = waiting.pop()
-        path = source_of(name)
-        if name in found or path is None:
+        if name in found or (source := sources.of(name)) is None:
             continue
-        found[name] = path
-        waiting += [one for one in _read(path)[1] if one not in found and not _apart(one)]
+        found[name] = source[0]
+        waiting += [one for one in source[2] if one not in found and not _apart(one)]
     if not found:
         raise FormeryError(f"the source of the module {module} is not here, so it has no digest.")
     return found
@@ -61,12 +94,6 @@ def source_of(module: str) -> Path | None:
     return Path(file) if file else None
 
 
-def _beside(paths: Iterable[Path]) -> list[Path]:
-    """The sources in C++ that lie beside these modules, and are built by them."""
-    folders = {path.parent for path in paths}
-    return sorted(path for folder in folders for path in [*folder.glob("*.h"), *folder.glob("*.cpp")])
-
-
 def _compiled(path: Path) -> str:
     """A digest of what a source in C++ says, comments and layout aside."""
     lines = [line.partition("//")[0] for line in path.read_text(encoding="utf-8").splitlines()]
@@ -77,13 +104,8 @@ def _apart(module: str) -> bool:
     return any(module == room or module.startswith(f"{room}.") for room in APART)
 
 
-def _read(path: Path) -> tuple[str, list[str]]:
-    """The digest of a file's meaning, and which modules of this package it imports, if there are such."""
-    meant, names = KEPT.of(path, _parsed)
-    return meant, names
-
-
 def _parsed(path: Path) -> tuple[str, list[str]]:
+    """The digest of a file's meaning, and which modules of this package it imports, if there are such."""
     tree = ast.parse(path.read_bytes())
     return hashlib.sha256(meaning(tree).encode()).hexdigest(), list(dict.fromkeys(imported(tree)))
 

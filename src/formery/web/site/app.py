@@ -72,7 +72,7 @@ class Site:
             trained={"yes": True, "no": False}.get(asked.training),
         )
         entries = self.shelf()
-        found = search(asked.query, wanted, asked.meaning) if asked.anything else entries
+        found = search(asked.query, wanted, asked.meaning, entries) if asked.anything else entries
         return HTMLResponse(self.pages.home(entries, found, asked))
 
     def paper(self, request: Request) -> Response:
