@@ -22,6 +22,7 @@ from formery.models import Model
 from formery.models.compose import language_model, translator
 
 SOURCE = str(Path(formery.__file__).parents[1])
+COMMANDS = ("compare", "generate", "papers", "show", "verify", "digest", "web", "train", "data")
 TEXT = ["def area(radius):\n    return 3.14 * radius ** 2\n", "the cat sat on the mat\n"] * 3
 
 
@@ -118,7 +119,7 @@ def test_help_needs_neither_torch_nor_matplotlib() -> None:
     environment = {**os.environ, "PYTHONPATH": SOURCE}
     done = subprocess.run([sys.executable, "-c", code], env=environment, text=True, capture_output=True, check=True)
     assert done.stdout.splitlines()[-1] == "0 set()"
-    for command in ("compare", "generate", "papers", "show", "verify", "digest", "web", "train", "data"):
+    for command in COMMANDS:
         assert f"\n  {command} " in done.stdout
 
 
@@ -127,7 +128,7 @@ def test_no_arguments_and_version(run: Callable[..., Ran]) -> None:
     assert run("--version") == Ran(0, f"{formery.__version__}\n", "")
 
 
-@pytest.mark.parametrize("command", ["compare", "generate", "papers", "show", "verify", "digest", "web", "train", "data"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_each_command_has_help_that_fits(run: Callable[..., Ran], command: str) -> None:
     ran = run(command, "--help")
     assert ran.code == 0

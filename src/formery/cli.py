@@ -393,7 +393,8 @@ def digest(
     """
     check_targets(markdown, feed)
     from formery.catalog.news import day, news
-    from formery.web.feed import atom, markdown as as_markdown
+    from formery.web.feed import atom
+    from formery.web.feed import markdown as as_markdown
     from formery.web.output import write_text
 
     start = day(since)

@@ -127,7 +127,8 @@ def _in_folder() -> Iterator[Card]:
 def _card(given: dict[str, Any], where: str) -> Card:
     """A card from its fields, each of the right kind."""
     try:
-        one = Card(**{key: tuple(v) if isinstance(v, list) else v for key, v in given.items()})
+        fields: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in given.items()}
+        one = Card(**fields)
     except TypeError as error:
         raise FormeryError(f"{where}: {error}.") from error
     said = ("slug", "name", "title", "domain", "does", "claims")

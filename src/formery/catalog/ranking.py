@@ -39,8 +39,8 @@ def search(
 ) -> list[Entry]:
     """The papers that a query finds, best first; all of them, in order, without one.
 
-    meaning: look for the meaning too; by default where that is installed. among: all entries, where they were just read.
-    Raises FormeryError for a filter's unknown value, and where meaning is asked for and not installed.
+    meaning: look for the meaning too; by default where that is installed. among: all entries, where they were just
+    read. Raises FormeryError for a filter's unknown value, and where meaning is asked for and not installed.
     """
     wanted = (wanted or Wanted()).check()
     entries = {entry.card.slug: entry for entry in (papers() if among is None else among)}

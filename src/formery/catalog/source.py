@@ -1,7 +1,7 @@
 """What the papers' files say of themselves, read without running them.
 
-A card lies where the code lies: in the `Paper(...)` of the paper's file, beside the `Method(...)` that it registers. Both
-are read from the source's syntax, so that a list of papers imports neither the papers nor torch.
+A card lies where the code lies: in the `Paper(...)` of the paper's file, beside the `Method(...)` that it registers.
+Both are read from the source's syntax, so that a list of papers imports neither the papers nor torch.
 """
 
 import ast

@@ -12,11 +12,16 @@ from formery.catalog.card import Card, cards
 
 COLUMNS = {"name": 6.0, "title": 4.0, "does": 2.0, "claims": 1.0, "around": 1.0}  # and what a match there weighs
 STOPWORDS = frozenset(
-    "a about after all also am an and any are as at be because been before being but by can could did do does doing "
-    "down during each few for from had has have having he her here how i if in into is it its just me more most my no "
-    "nor not of off on once only or other our out over own s same she should so some such t than that the their them "
-    "then there these they this those through to too under until up very was we were what when where which while who "
-    "why will with without would you your".split()
+    re.findall(
+        r"\w+",
+        """
+        a about after all also am an and any are as at be because been before being but by can could did do does doing
+        down during each few for from had has have having he her here how i if in into is it its just me more most my
+        no nor not of off on once only or other our out over own s same she should so some such t than that the their
+        them then there these they this those through to too under until up very was we were what when where which
+        while who why will with without would you your
+        """,
+    )
 )
 # What practitioners write for what cards call otherwise.
 ALIKE = {

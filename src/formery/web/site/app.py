@@ -58,8 +58,10 @@ class Site:
     def home(self, request: Request) -> Response:
         given = request.query_params
         asked = Asked(
-            given.get("q", "").strip()[:LONGEST],
-            *(given.get(name, "") for name in ("part", "domain", "status")),
+            query=given.get("q", "").strip()[:LONGEST],
+            part=given.get("part", ""),
+            domain=given.get("domain", ""),
+            status=given.get("status", ""),
             lossless=given.get("lossless") == "yes",
             training=given.get("training", ""),
             meaning=given.get("meaning") == "yes" and self.pages.by_meaning,
@@ -114,7 +116,8 @@ class Site:
 
     def feed(self, request: Request) -> Response:
         since = day(request.query_params.get("since"))
-        return Response(atom(news(since, self.shelf()), since, str(request.base_url)), media_type="application/atom+xml")
+        text = atom(news(since, self.shelf()), since, str(request.base_url))
+        return Response(text, media_type="application/atom+xml")
 
     def static(self, request: Request) -> Response:
         name = request.url.path.rpartition("/")[2]
@@ -179,7 +182,8 @@ async def _body(request: Request) -> Any:
 
 def _run(given: Any) -> Run:
     kinds: dict[str, Any] = {"model": str, "method": str, "prompt": str, "tokens": int, "seed": int}
-    if not isinstance(given, dict) or {*given} - {*kinds, "temperature"} or not {"model", "method", "prompt"} <= {*given}:
+    needed = {"model", "method", "prompt"}
+    if not isinstance(given, dict) or not needed <= given.keys() <= {*kinds, "temperature"}:
         raise FormeryError(f"a run has the fields {', '.join(kinds)} and temperature.")
     for name, kind in kinds.items():
         if name in given and (not isinstance(given[name], kind) or isinstance(given[name], bool)):

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import ceil, floor, log10
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 WIDTH, LINE, LEFT, CHARACTER = 680, 24, 250, 6.6
 FOOT = 40
@@ -51,12 +51,11 @@ def ranges(lines: Sequence[Range], axis: str, reference: float | None = None) ->
     for number, one in enumerate(lines):
         y = LINE * number + LINE / 2 + 4
         label = one.label if len(one.label) * CHARACTER < LEFT - 20 else f"{one.label[:34]}…"
-        drawn.append(Markup('<text x="{}" y="{:.1f}" text-anchor="end">{}</text>').format(LEFT - 12, y + 4, label))
+        drawn.append(_text(LEFT - 12, y + 4, label, "end"))
         drawn.append(_line(at(one.low), y, at(one.high), y, "range"))
-        drawn.append(
-            Markup('<circle cx="{:.1f}" cy="{:.1f}" r="4.5" class="spot"><title>{}: {:.3g} ({:.3g}–{:.3g})</title></circle>')
-            .format(at(one.middle), y, one.label, one.middle, one.low, one.high)
-        )  # fmt: skip
+        spot = '<circle cx="{:.1f}" cy="{:.1f}" r="4.5" class="spot"><title>{}</title></circle>'
+        title = f"{one.label}: {one.middle:.3g} ({one.low:.3g}–{one.high:.3g})"
+        drawn.append(Markup(spot).format(at(one.middle), y, title))
     said = "; ".join(f"{one.label}: {one.middle:.3g}, {one.low:.3g} to {one.high:.3g}" for one in lines)
     return _svg(drawn, height, f"{axis}. {said}")
 
@@ -85,21 +84,18 @@ def scatter(spots: Sequence[Spot], x_axis: str, y_axis: str, whole: tuple[float,
     drawn = [_grid(x_ticks, at_x, top, bottom, x_axis), _line(at_x(1), top, at_x(1), bottom, "reference")]
     for tick in y_ticks:
         drawn.append(_line(left, at_y(tick), right, at_y(tick), "grid"))
-        drawn.append(Markup('<text x="{}" y="{:.1f}" text-anchor="end" class="tick">{:g}</text>').format(left - 8, at_y(tick) + 4, tick))  # fmt: skip
-    drawn.append(Markup('<text x="14" y="{:.1f}" class="axis" text-anchor="middle" transform="rotate(-90 14 {:.1f})">{}</text>').format((top + bottom) / 2, (top + bottom) / 2, y_axis))  # fmt: skip
+        drawn.append(_text(left - 8, at_y(tick) + 4, f"{tick:g}", "end", "tick"))
+    drawn.append(_text(14, (top + bottom) / 2, y_axis, "middle", "axis", turned=True))
     for one, tier in zip(spots, tiers, strict=True):
         x, y, label_y = at_x(one.x), at_y(one.y), top - 12 - 15 * tier
         drawn += [_line(x, label_y + 4, x, y, "leader"), _line(at_x(one.low), y, at_x(one.high), y, "range")]
     for one, tier in zip(spots, tiers, strict=True):
         x, y, label_y = at_x(one.x), at_y(one.y), top - 12 - 15 * tier
         start = min(x - 4, right - CHARACTER * len(one.label))
-        drawn.append(
-            Markup(
-                '<a href="{}"><circle cx="{:.1f}" cy="{:.1f}" r="5" class="{}"/><text x="{:.1f}" y="{:.1f}">{}</text>'
-                "<title>{}: {:.3g} ({:.3g}–{:.3g}), {:.4g}</title></a>"
-            ).format(one.href, x, y, "spot" if one.filled else "spot hollow", start, label_y, one.label,
-                     one.label, one.x, one.low, one.high, one.y)
-        )  # fmt: skip
+        kind = "spot" if one.filled else "spot hollow"
+        title = f"{one.label}: {one.x:.3g} ({one.low:.3g}–{one.high:.3g}), {one.y:.4g}"
+        linked = '<a href="{}"><circle cx="{:.1f}" cy="{:.1f}" r="5" class="{}"/>{}<title>{}</title></a>'
+        drawn.append(Markup(linked).format(one.href, x, y, kind, _text(start, label_y, one.label), title))
     return _svg(drawn, bottom + FOOT, f"{y_axis} over {x_axis}", role="group")
 
 
@@ -129,12 +125,14 @@ def _grid(ticks: Sequence[float], at: Callable[[float], float], top: float, bott
     drawn = Markup("")
     for tick in ticks:
         drawn += _line(at(tick), top, at(tick), bottom, "grid")
-        drawn += Markup('<text x="{:.1f}" y="{:.1f}" text-anchor="middle" class="tick">{:g}</text>').format(
-            at(tick), bottom + 15, tick
-        )
-    middle = (at(ticks[0]) + at(ticks[-1])) / 2
-    return drawn + Markup('<text x="{:.1f}" y="{:.1f}" text-anchor="middle" class="axis">{}</text>').format(
-        middle, bottom + 32, axis
+        drawn += _text(at(tick), bottom + 15, f"{tick:g}", "middle", "tick")
+    return drawn + _text((at(ticks[0]) + at(ticks[-1])) / 2, bottom + 32, axis, "middle", "axis")
+
+
+def _text(x: float, y: float, text: str, anchor: str = "start", kind: str = "name", turned: bool = False) -> Markup:
+    turn = Markup(' transform="rotate(-90 {:.1f} {:.1f})"').format(x, y) if turned else ""
+    return Markup('<text x="{:.1f}" y="{:.1f}" text-anchor="{}" class="{}"{}>{}</text>').format(
+        x, y, anchor, kind, turn, text
     )
 
 
@@ -143,5 +141,5 @@ def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> Markup:
 
 
 def _svg(drawn: Sequence[Markup], height: float, said: str, role: str = "img") -> Markup:
-    head = Markup('<svg class="chart" viewBox="0 0 {} {:.0f}" role="{}" aria-label="{}">').format(WIDTH, height, role, escape(said))
-    return head + Markup("").join(drawn) + Markup("</svg>")
+    head = '<svg class="chart" viewBox="0 0 {} {:.0f}" role="{}" aria-label="{}">'
+    return Markup(head).format(WIDTH, height, role, said) + Markup("").join(drawn) + Markup("</svg>")

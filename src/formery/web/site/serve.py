@@ -10,6 +10,7 @@ from formery.web.output import note
 from formery.web.site.app import Site
 
 AT_ONCE = 200  # connections; who comes after them is told 503
+PORTS = 65535
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 
@@ -54,11 +55,14 @@ def hosts(host: str) -> list[str]:
 
 def bind(host: str, port: int) -> socket.socket:
     """The address, taken."""
+    if not 0 <= port <= PORTS:
+        raise FormeryError(f"there is no port {port}: choose one from 1 to {PORTS}, or 0 for a free one.")
     try:
         family, kind, protocol, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         taken = socket.socket(family, kind, protocol)
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         taken.bind(place)
-    except (OSError, OverflowError) as error:
-        raise FormeryError(f"cannot serve on {host}, port {port}: {first_line(error)}; choose another --port.") from error
+    except OSError as error:
+        said = f"cannot serve on {host}, port {port}: {first_line(error)}; choose another --port."
+        raise FormeryError(said) from error
     return taken

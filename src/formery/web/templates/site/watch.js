@@ -103,7 +103,7 @@ async function run(signal) {
     draw(call);
     if (call.stop) { ending = stops[call.stop]; continue; }
     await pause(Number(form.pace.value), signal);
-    if (signal.aborted) break;
+    if (signal.aborted) return "Stopped.";
   }
   return ending;
 }
