@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import importlib
 import logging
 import sys
 from pathlib import Path
@@ -24,7 +25,8 @@ class Parser(argparse.ArgumentParser):
 def parser() -> Parser:
     """All options."""
     top = Parser(prog="python -m bench", description="Formery timed beside other people's programs.")
-    commands = top.add_subparsers(dest="command", required=True, metavar="|".join((*WORKS, "drafting", "plot")))
+    names = (*WORKS, "drafting", "finding", "pages", "plot")
+    commands = top.add_subparsers(dest="command", required=True, metavar="|".join(names))
     for work in WORKS:
         one = commands.add_parser(work, help=f"on {' and '.join(MODELS[work])}")
         one.add_argument("--json", type=Path, metavar="FILE", help="write machine, rows and versions there")
@@ -38,6 +40,11 @@ def parser() -> Parser:
     drafting.add_argument("--models", metavar="A,B", help="only these of code, translate")
     drafting.add_argument("--variants", action="store_true", help="each method in its other shapes too")
     drafting.add_argument("--quick", action="store_true", help="a few prompts, to see that all works")
+    finding = commands.add_parser("finding", help="how well the catalogue's search finds")
+    finding.add_argument("--json", type=Path, metavar="FILE", help="write what was found there")
+    pages = commands.add_parser("pages", help="the catalogue's pages: how fast, and under load")
+    pages.add_argument("--json", type=Path, metavar="FILE", help="write machine, rows and versions there")
+    pages.add_argument("--quick", action="store_true", help="some seconds, to see that all works")
     plot = commands.add_parser("plot", help="a bar chart of results")
     plot.add_argument("results", nargs="+", type=Path, metavar="RESULTS.json")
     plot.add_argument("--out", type=Path, default=Path("speed.png"), metavar="FILE")
@@ -53,10 +60,9 @@ def main(arguments: list[str] | None = None) -> int:
 
             plot(asked.results, asked.out)
             return 0
-        if asked.command == "drafting":
-            from bench.drafting import measure
-
-            return measure(asked)
+        if asked.command in ("drafting", "finding", "pages"):
+            measure = importlib.import_module(f"bench.{asked.command}").measure
+            return int(measure(asked))
         return _measure(asked)
     except FormeryError as error:
         print(f"bench: {error}", file=sys.stderr)

@@ -50,7 +50,8 @@ class Card:
 
     slug: its name here; name: what it is called. year: of its first appearance, where it is known for sure. kind: one
     of `KINDS`. part: of a transformer, that it changes. domain: what it was shown on. does, claims: a sentence or two.
-    needs: what it takes to use it. training: a key of `TRAINING`. exact: its output is that of the plain method.
+    needs: what it takes to use it. sought: what those look for whom it would help, in their words. training: a key of
+    `TRAINING`. exact: its output is that of the plain method.
     related: by slug, what a paper shares with this one. covers: for surveys and resources, papers of their topic.
     added: the day it came in. module, works, methods: its code, what its check runs on, what it registers.
     """
@@ -65,6 +66,7 @@ class Card:
     year: int | None = None
     kind: str = "system"
     needs: str = ""
+    sought: str = ""
     training: str = ""
     exact: bool = False
     related: Mapping[str, str] = field(default_factory=dict)

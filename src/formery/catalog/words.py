@@ -10,7 +10,8 @@ from threading import Lock
 
 from formery.catalog.card import Card, cards
 
-COLUMNS = {"name": 6.0, "title": 4.0, "does": 2.0, "claims": 1.0, "around": 1.0}  # and what a match there weighs
+# And what a match there weighs.
+COLUMNS = {"name": 4.0, "title": 4.0, "sought": 4.0, "does": 3.0, "claims": 1.0, "around": 1.0}
 STOPWORDS = frozenset(
     re.findall(
         r"\w+",
@@ -51,6 +52,7 @@ ALIKE = {
     "faster": ("speed", "fast"),
     "shrink": ("smaller", "compress"),
 }
+LEAST = 1e-9  # a word that nearly all cards have tells nothing, yet it is there
 _LOCK = Lock()
 
 
@@ -60,17 +62,18 @@ def terms(query: str) -> list[str]:
     return list(dict.fromkeys([*words, *(other for word in words for other in ALIKE.get(word, ()))]))
 
 
-def by_words(query: str) -> list[str]:
-    """The slugs of the cards that share a word's stem with the query, best first."""
+def by_words(query: str) -> dict[str, float]:
+    """How well each card that shares a word's stem with the query fits it, by slug; above 0, best first."""
     wanted = " OR ".join(f'"{term}"' for term in terms(query))
     if not wanted:
-        return []
+        return {}
     weights = ", ".join(str(weight) for weight in (0.0, *COLUMNS.values()))
     with _LOCK:
         rows = _index().execute(
-            f"SELECT slug FROM cards WHERE cards MATCH ? ORDER BY bm25(cards, {weights}), slug", (wanted,)
+            f"SELECT slug, -bm25(cards, {weights}) AS fit FROM cards WHERE cards MATCH ? ORDER BY fit DESC, slug",
+            (wanted,),
         )
-        return [slug for (slug,) in rows]
+        return {slug: max(fit, LEAST) for slug, fit in rows}
 
 
 @cache
@@ -86,4 +89,5 @@ def _index() -> sqlite3.Connection:
 def _row(one: Card) -> tuple[str, ...]:
     around = [one.part, one.domain.replace("-", " "), one.needs, *one.related.values()]
     around += [f"{method.name} {method.summary}" for method in one.methods]
-    return one.slug, f"{one.name} {one.slug.replace('-', ' ')}", one.title, one.does, one.claims, " ".join(around)
+    name = f"{one.name} {one.slug.replace('-', ' ')}"
+    return one.slug, name, one.title, one.sought, one.does, one.claims, " ".join(around)

@@ -21,7 +21,8 @@ class Paper:
     does, claims: a sentence or two. needs: what a full test of the claim would need that is not at hand.
     check: measures the claim within a budget; None until there is one. works: what the check runs on.
     name: what it is called for short. training: "none" (a trained model is taken as it is), "added" (small parts are
-    trained on top of it, or it is tuned a little), "whole" (a model is trained with it). related: by slug, what a paper
+    trained on top of it, or it is tuned a little), "whole" (a model is trained with it). sought: what those look for
+    whom it would help, in their words. related: by slug, what a paper
     shares with this one. added: the day it came in here. module: holds its code; filled by `publish`.
     """
 
@@ -37,6 +38,7 @@ class Paper:
     works: tuple[str, ...] = ()
     name: str = ""
     training: Training = ""
+    sought: str = ""
     related: Mapping[str, str] = field(default_factory=dict)
     added: str = ""
     module: str = ""

@@ -56,6 +56,8 @@ def facts(entry: "Entry") -> Iterator[tuple[str, str]]:
     card = entry.card
     yield "does", card.does
     yield "claims", card.claims
+    if card.sought:
+        yield "look here for", card.sought
     if card.needs:
         yield "needs", card.needs
     if card.training:

@@ -243,6 +243,7 @@ PAPER = publish(
         needs="Llama models of 1 to 70 billion parameters and a graphics card, for the size of the speed-up.",
         name="LayerSkip",
         training="whole",
+        sought="early exit for LLMs; self-speculative decoding; train with layer dropout for faster inference",
         related={
             "swift": "the model drafts for itself",
             "mue": "early exit",

@@ -292,6 +292,8 @@ PAPER = publish(
         needs="Chat models of 7 billion parameters, a mixture of experts that does not fit, and a graphics card.",
         name="M2R2",
         training="added",
+        sought="early exit without waiting; accelerate token generation by residual adaptation; "
+        "draft from early layers",
         related={
             "layerskip": "early layers draft",
             "swift": "the model drafts for itself",

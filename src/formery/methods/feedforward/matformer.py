@@ -285,6 +285,7 @@ PAPER = publish(
         needs="Training of models of billions of parameters, each size by itself too; images for the encoders.",
         name="MatFormer",
         training="whole",
+        sought="one training run, many model sizes; elastic inference; extract smaller models without retraining",
         related={
             "slimmable-multi-task": "many sizes in one model",
             "tleg": "many models from one",

@@ -283,6 +283,8 @@ PAPER = publish(
         needs="Chat models on accelerators, for the size of the speed-up.",
         name="ADED",
         training="none",
+        sought="speed up LLM without training a draft model; n-gram lookup speculative decoding; "
+        "draft adapts to my text",
         related={
             "aggressive-decoding": "drafts without a network",
             "stree": "trees without a network",

@@ -88,6 +88,8 @@ PAPER = publish(
         needs="A trained corrector of grammar with its corpora, and accelerators.",
         name="Aggressive Decoding",
         training="none",
+        sought="output mostly repeats the input; fast grammar correction, code editing, rewriting; "
+        "copy from the prompt as draft",
         related={
             "aded": "drafts without a network",
             "stree": "drafts copied from the text",

@@ -127,6 +127,7 @@ PAPER = publish(
         needs="Models of T5's size and a T4, for the size of the speed-up.",
         name="BiLD",
         training="added",
+        sought="big little decoder; small model writes and big model corrects; accept small quality loss for speed",
         related={
             "speculative-sampling": "a small and a large model together",
             "specdec": "a looser rule of acceptance",

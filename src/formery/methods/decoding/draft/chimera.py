@@ -173,6 +173,7 @@ PAPER = publish(
         needs="Vicuna or LLaMA-2 on accelerators, for the size of the speed-up.",
         name="Chimera",
         training="added",
+        sought="lossless LLM acceleration with trained draft heads; draft head that sees the whole context",
         related={
             "medusa": "heads that guess ahead",
             "eagle": "one attention layer drafts",

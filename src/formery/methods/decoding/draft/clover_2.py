@@ -249,6 +249,7 @@ PAPER = publish(
         needs="Chat models of 7 and 8 billion parameters on accelerators, for the size of the gains.",
         name="Clover-2",
         training="added",
+        sought="regressive speculative decoding; cheap RNN-like drafter; more accepted tokens than parallel heads",
         related={
             "redrafter": "a recurrent state drafts",
             "eagle": "one attention layer drafts",

@@ -114,6 +114,7 @@ PAPER = publish(
         needs="A chat model of 7 to 70 billion parameters, and accelerators, for the size of the speed-up.",
         name="EAGLE",
         training="added",
+        sought="fastest speculative decoding draft; feature-level autoregression; one-layer drafter",
         related={
             "clover-2": "one attention layer drafts",
             "gumiho": "one attention layer drafts",

@@ -293,6 +293,7 @@ PAPER = publish(
         needs="Vicuna or LLaMA-2 on accelerators, for the size of the speed-up.",
         name="Falcon",
         training="added",
+        sought="semi-autoregressive draft head; draft several dependent tokens at once; faster LLM inference",
         related={
             "glat": "answers shown in training",
             "diffglat": "answers shown in training",

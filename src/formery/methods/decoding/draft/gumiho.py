@@ -278,6 +278,7 @@ PAPER = publish(
         needs="Chat models of 7 to 70 billion parameters on accelerators, for the size of the speed-up.",
         name="Gumiho",
         training="added",
+        sought="speculative decoding: first draft tokens matter most; hybrid of serial and parallel draft heads",
         related={
             "eagle": "one attention layer drafts",
             "medusa": "heads that guess ahead",

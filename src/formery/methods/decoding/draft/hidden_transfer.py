@@ -225,6 +225,7 @@ PAPER = publish(
         needs="Chat models of 7 and 13 billion parameters and a graphics card, for the size of the speed-up.",
         name="Hidden Transfer",
         training="added",
+        sought="predict several tokens in one forward pass by pseudo hidden states; parallel LLM decoding lossless",
         related={
             "medusa": "several tokens guessed at once",
             "lexical-unit-decoding": "places for tokens to come",

@@ -197,6 +197,8 @@ PAPER = publish(
         needs="A recogniser of Whisper's size and recorded speech, for the words and the repetitions.",
         name="Hybrid decoding",
         training="added",
+        sought="fast transcription with a light decoder; speed up encoder-decoder ASR; "
+        "draft whole transcript then fix errors",
         related={
             "whisper-medusa": "faster speech recognition",
             "specdec": "a second decoder drafts",

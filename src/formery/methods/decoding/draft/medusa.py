@@ -103,6 +103,7 @@ PAPER = publish(
         needs="A chat model of 7 billion parameters or more, and accelerators, for the size of the speed-up.",
         name="Medusa",
         training="added",
+        sought="add decoding heads to an LLM for speed; no separate draft model; multi-head speculative decoding",
         related={
             "whisper-medusa": "heads that guess ahead",
             "hidden-transfer": "several tokens guessed at once",

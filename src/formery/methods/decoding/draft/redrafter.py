@@ -186,6 +186,7 @@ PAPER = publish(
         needs="Vicuna on accelerators, for the size of the speed-up.",
         name="ReDrafter",
         training="added",
+        sought="RNN drafter for LLM speculative decoding; beam of drafts; cheap draft model trained on the target",
         related={
             "clover-2": "a recurrent state drafts",
             "medusa": "a guide on a frozen model",

@@ -236,6 +236,7 @@ PAPER = publish(
         needs="Translators and summarisers of the paper's size, their training text, and a graphics card.",
         name="SpecDec",
         training="added",
+        sought="speculative decoding for seq2seq translation; draft a block with masks; relax exact match",
         related={
             "speculative-sampling": "a small drafter checked by the target",
             "hybrid-decoding": "a second decoder drafts",

@@ -105,6 +105,8 @@ PAPER = publish(
         needs="A target of 70 billion parameters on accelerators, for the size of the speed-up.",
         name="Speculative sampling",
         training="added",
+        sought="small draft model plus large model; same distribution as the large model; "
+        "standard speculative decoding",
         related={
             "specdec": "a small drafter checked by the target",
             "bild": "a small and a large model together",

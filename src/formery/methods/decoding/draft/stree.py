@@ -274,6 +274,7 @@ PAPER = publish(
         needs="Published Mamba-2 and hybrid models on accelerators, for the speeds reported.",
         name="STree",
         training="none",
+        sought="speculative decoding for Mamba or hybrid SSM models; tree verification with recurrent state",
         related={
             "retnet": "recurrent states",
             "apriel-h1": "models with state-space layers",

@@ -245,6 +245,8 @@ PAPER = publish(
         needs="Large pretrained models (13 billion parameters and more), whose layers are redundant.",
         name="SWIFT",
         training="none",
+        sought="self-speculative decoding without training; skip layers of the same LLM to draft; "
+        "plug and play acceleration",
         related={
             "layerskip": "the model drafts for itself",
             "unified-layer-skipping": "layers skipped",

@@ -129,6 +129,7 @@ PAPER = publish(
         needs="A recogniser of Whisper's size, recorded speech and an accelerator, for the latency and the words.",
         name="Whisper-Medusa",
         training="added",
+        sought="speed up Whisper; several tokens per decoder step in speech recognition",
         related={
             "medusa": "heads that guess ahead",
             "hybrid-decoding": "faster encoder-decoders",

@@ -295,6 +295,8 @@ PAPER = publish(
         needs="Models of LLaMA's size, for the stated speeds.",
         name="Lexical Unit Decoding",
         training="added",
+        sought="generate contiguous words at once when confident; parallel text generation with a fine-tuned LLM; "
+        "trade quality for speed",
         related={
             "hidden-transfer": "places for tokens to come",
             "parallel-jacobi-decoding": "several tokens a call",

@@ -158,6 +158,7 @@ PAPER = publish(
         needs="More parallel hardware, for the larger of the two factors.",
         name="Parallel Jacobi decoding",
         training="none",
+        sought="faster machine translation without changing or training the model; fixed-point iteration decoding",
         related={
             "aggressive-decoding": "faster without training",
             "lexical-unit-decoding": "several tokens a call",

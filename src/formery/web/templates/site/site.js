@@ -28,6 +28,7 @@ if (form && form.dataset.served === "yes") {
     for (const [kind, weight] of [["h3 a", 6], [".title", 4], ["p:nth-of-type(2)", 2], [".tags", 1]]) {
       for (const word of words(item.querySelector(kind).textContent)) weights.set(word, Math.max(weight, weights.get(word) || 0));
     }
+    for (const word of words(item.dataset.sought)) weights.set(word, Math.max(4, weights.get(word) || 0));
     return { item, weights };
   });
   const rare = (word) => Math.log(1 + papers.length / (1 + papers.filter((one) => one.weights.has(word)).length));
