@@ -1,4 +1,4 @@
-# make demo    install, then compare every decoding method on real code: a table here, a page in report.html
+# make demo    install, then compare decoding methods on real code: a table here, a page in report.html
 # make test    install, then run the tests, with coverage of the core
 # make check   install, then lint and check types
 #
@@ -10,13 +10,14 @@ SUITABLE = import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for one in python3.11 python3 python3.12 python3.13 python; do \
 	if $$one -c '$(SUITABLE)' 2>/dev/null; then command -v $$one; break; fi; done)
 
+DEMO = sampling,aggressive-decoding,aded,stree:width=1,eagle,chimera,medusa,speculative-sampling,parallel-jacobi-decoding
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check
 
 .PHONY: demo test check install clean
 
 demo: $(VENV)/.installed
-	$(BIN)/formery compare code --limit 6 --max-new-tokens 40 --html report.html
+	$(BIN)/formery compare code --methods $(DEMO) --limit 6 --max-new-tokens 128 --html report.html
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --cov --cov-report=term

@@ -259,9 +259,9 @@ def test_words_that_nobody_uses_find_nothing() -> None:
 
 def test_meaning_finds_what_shares_no_word() -> None:
     pytest.importorskip(meaning.PACKAGE)
-    query = "chatbot answers sooner by having a little helper propose words"
-    found = ranked(query, words=False, meaning=True)
-    assert any(cards()[slug].part == "decoding" for slug in found[:3])
+    query = "vocalist removes background chatter from mic"
+    assert ranked(query, words=False, meaning=True)[0] in ("frcrn", "deftan-ii")
+    assert next(iter(by_words(query))) not in ("frcrn", "deftan-ii")
     one = cards()["aggressive-decoding"]
     assert next(iter(meaning.by_meaning(one.text))) == one.slug
     assert min(meaning.by_meaning(query).values()) > 0

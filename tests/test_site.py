@@ -14,7 +14,9 @@ from typing import Any
 from urllib.parse import urldefrag, urljoin
 from xml.etree import ElementTree
 
+import httpx
 import pytest
+import uvicorn
 from starlette.testclient import TestClient
 
 import formery
@@ -279,6 +281,26 @@ def test_a_run_ends_when_nobody_looks_any_more(slow: dict[str, int]) -> None:
     threads = threading.active_count()
     asyncio.run(look())
     assert threading.active_count() <= threads + 1
+
+
+def test_a_run_ends_when_a_browser_closes_its_connection(slow: dict[str, int]) -> None:
+    site, taken = Site(runs=1), serve.bind("127.0.0.1", 0)
+    server = uvicorn.Server(uvicorn.Config(site.app(["*"]), log_level="warning"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [taken]})
+    thread.start()
+    address = f"http://127.0.0.1:{taken.getsockname()[1]}/watch/run"
+    try:
+        with httpx.stream("POST", address, json=asked()) as answer:
+            assert json.loads(next(answer.iter_lines())) == {"number": 0}
+            assert site.viewer.under_way == 1
+        deadline = time.monotonic() + 10
+        while site.viewer.under_way and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert (site.viewer.under_way, slow) == (0, {"begun": 1, "ended": 1})
+    finally:
+        server.should_exit = True
+        thread.join(20)
+    assert not thread.is_alive()
 
 
 def test_runs_wait_for_a_place_and_are_refused_when_too_many_wait(slow: dict[str, int]) -> None:

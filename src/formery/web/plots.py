@@ -38,10 +38,14 @@ STYLE: Any = {
     "hatch.linewidth": 0.8,
 }
 POINTS_PER_CHARACTER, POINTS_PER_LINE = 5.0, 13.0
+NAMED = 12  # methods whose names have room in a plot
 
 
 def quality_against_speed(comparison: "Comparison") -> str:
-    """Each method's main quality over its speed relative to greedy; the bar is the range over the rounds."""
+    """Each method's main quality over its speed relative to greedy; the bar is the range over the rounds.
+
+    The fastest are named, as many as have room.
+    """
     rows = comparison.rows
     metric = next(iter(metrics(rows[0].quality)), None)
     heights = [100 * row.identical if metric is None else metrics(row.quality)[metric] for row in rows]
@@ -61,7 +65,8 @@ def quality_against_speed(comparison: "Comparison") -> str:
     axes.set_xlabel("speed, × greedy")
     axes.set_ylabel(label)
     axes.set_yticks([tick for tick in axes.get_yticks() if _within(tick, heights)])
-    _label(axes, [(row.speedup, height) for row, height in zip(rows, heights, strict=True)], rows)
+    fastest = sorted(zip(rows, heights, strict=True), key=lambda one: -one[0].speedup)[:NAMED]
+    _label(axes, [(row.speedup, height) for row, height in fastest], [row for row, _ in fastest])
     return _svg(figure, "quality")
 
 

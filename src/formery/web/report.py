@@ -12,7 +12,7 @@ from formery.evidence.machine import versions
 from formery.files import atomic_write
 from formery.generate.method import find
 from formery.web import words
-from formery.web.plots import quality_against_speed, tokens_per_call
+from formery.web.plots import NAMED, quality_against_speed, tokens_per_call
 from formery.web.tokens import Piece, first_difference, pieces
 from formery.web.words import IDENTICAL, OTHER, metrics, promise, rate, share, size
 
@@ -62,6 +62,7 @@ def render(comparison: "Comparison", tokenizer: Tokenizer | None = None, command
         metrics=list(metrics(rows[0].quality)),
         notes={name: value for name, value in rows[0].quality.items() if isinstance(value, str)},
         rows=[_row(row) for row in rows],
+        named=NAMED if len(rows) > NAMED else 0,
         guarded=sum(row.guarded for row in rows),
         quality_plot=quality_against_speed(comparison),
         accepted_plot=tokens_per_call(comparison) if any(row.accepted_per_call for row in rows) else "",

@@ -1,5 +1,6 @@
 """What the records say of each work: every setting that was measured on it, beside its baseline."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,6 +30,11 @@ class Point:
         name, _, options = self.row.setting.partition(":")
         return f"{name} {options.replace(':', ' ')}".strip()
 
+    @property
+    def own(self) -> bool:
+        """Whether it is a method of the paper's, not one that it compares with."""
+        return re.split("[: ]", self.row.setting)[0] in {method.name for method in self.entry.card.methods}
+
     def get(self, name: str) -> Spread | None:
         """The number of that name, where it was measured."""
         return self.row.numbers.get(name)
@@ -48,10 +54,10 @@ def works(entries: Sequence[Entry]) -> dict[str, list[Point]]:
 
 
 def best(points: Sequence[Point], batch: int) -> list[Point]:
-    """Each paper's fastest setting in batches of that size, drawn texts aside."""
+    """The fastest setting of each paper's own methods in batches of that size, drawn texts aside."""
     chosen: dict[str, Point] = {}
     for one in points:
-        if one.row.batch == batch and one.get("identical") is not None:
+        if one.own and one.row.batch == batch and one.get("identical") is not None:
             chosen.setdefault(one.entry.card.slug, one)
     return list(chosen.values())
 
