@@ -1,4 +1,4 @@
-"""The command line: it reads what is asked for, has the rooms below do it, and prints what they give."""
+"""Commands that run models: compare, generate, advise, inspect, export."""
 
 import shlex
 import sys
@@ -8,63 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
+from formery.cli.app import app
+from formery.cli.options import AsJson, Compiled, Draft, Dtype, Input, Json, MaxNewTokens, Model, Quantize, Seed
 from formery.errors import FormeryError
 from formery.web.output import check_targets, note, write_json
 
-app = typer.Typer(
-    name="formery",
-    help="The Transformer literature, running: find a method, run it, see whether its claim holds.",
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-)
-data_app = typer.Typer(help="List and fetch the data that works use.")
-app.add_typer(data_app, name="data")
-
-INTERRUPTED = 130
-Model = Annotated[
-    str | None,
-    typer.Option("--model", metavar="NAME|DIR|ID", help="A shipped model, a folder, or an id on the hub: owner/name."),
-]
-Draft = Annotated[
-    str | None,
-    typer.Option("--draft", metavar="NAME|DIR", help="A smaller model of the same vocabulary. [default: MODEL-draft]"),
-]
-MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", metavar="N", help="At most so many new tokens.")]
-Seed = Annotated[int, typer.Option("--seed", metavar="S", help="Of all that is drawn.")]
-Quantize = Annotated[
-    str | None, typer.Option("--quantize", metavar="KIND", help="int8 or int4: weights of so many bits (not exact).")
-]
-Dtype = Annotated[
-    str | None, typer.Option("--dtype", metavar="TYPE", help="float32, bfloat16 or float16. [default: float32]")
-]
-Compiled = Annotated[
-    bool | None, typer.Option("--compile/--no-compile", help="Fast kernels. [default: where that pays]")
-]
-Json = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write the result there; - is stdout.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Input = Annotated[
-    str | None,
-    typer.Option(
-        "--input",
-        metavar="FILE",
-        help="Your own prompts: .jsonl has an object with a prompt a line; any other text is one prompt, "
-        "for a translator one a line; compare cuts a .py file within its functions; - is stdin.",
-    ),
-]
-
-
-@app.callback(invoke_without_command=True)
-def formery(
-    context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-) -> None:
-    if version:
-        from formery import __version__
-
-        print(__version__)
-    elif context.invoked_subcommand is None:
-        print(context.get_help())
+ALL = ("all", "all-lossless")
 
 
 @app.command()
@@ -298,204 +247,6 @@ def export(
     note(f"written: {folder}")
 
 
-@app.command()
-def papers(
-    query: Annotated[list[str] | None, typer.Argument(metavar="QUERY", help="What you need, in your words.")] = None,
-    part: Annotated[str | None, typer.Option(metavar="PART", help="Of a transformer: attention, cache, ...")] = None,
-    domain: Annotated[str | None, typer.Option(metavar="DOMAIN", help="Shown on: language, speech, ...")] = None,
-    status: Annotated[
-        str | None, typer.Option(metavar="STATUS", help="'entry only', runs, checked or stale.")
-    ] = None,
-    lossless: Annotated[
-        bool | None, typer.Option("--lossless/--lossy", help="With the plain method's very output, or not.")
-    ] = None,
-    training: Annotated[
-        bool | None, typer.Option("--needs-training/--no-training", help="Something is trained for it, or not.")
-    ] = None,
-    meaning: Annotated[
-        bool | None,
-        typer.Option("--meaning/--words", help="By meaning too, or by words alone. [default: by words]"),
-    ] = None,
-    limit: Annotated[int | None, typer.Option(metavar="N", help="At most so many. [default: 10 of a query]")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """List the papers, or what a query finds.
-
-    With a query the best match comes first. Search by meaning needs the extra formery[search] and a few seconds.
-    """
-    from formery import catalog
-
-    words = " ".join(query or []).strip()
-    wanted = catalog.Wanted(part, domain, status, lossless=lossless, trained=training)
-    entries = catalog.search(words, wanted, meaning=bool(meaning))
-    most = limit if limit is not None else 10 if words else len(entries)
-    if as_json:
-        write_json([entry.to_json() for entry in entries[:most]], "-")
-        return
-    from formery.web.cards import paper_list
-    from formery.web.table import console
-
-    if not entries:
-        about = f"has to do with {words!r}" if words else "is like that"
-        raise FormeryError(f"no paper here {about}; `formery papers` lists them all.")
-    console().print(paper_list(entries[:most]))
-    if most < len(entries):
-        note(f"{most} of {len(entries)}; --limit shows more.")
-
-
-@app.command()
-def show(slug: str, as_json: AsJson = False) -> None:
-    """Show a paper, its evidence, how to run it."""
-    from formery.catalog import entry
-    from formery.web.cards import card, card_json
-
-    found = entry(slug)
-    if as_json:
-        write_json(card_json(found), "-")
-        return
-    from formery.web.table import console
-
-    console().print(card(found))
-
-
-@app.command()
-def verify(slug: str, as_json: AsJson = False) -> None:
-    """Run a paper's check and write its record.
-
-    The record goes to evidence/SLUG.json; a check that was stopped goes on where it was.
-    """
-    from formery.evidence.verify import verify as run
-    from formery.methods import discover
-    from formery.web.progress import Steps
-
-    discover()
-    with Steps(f"verifying {slug}") as progress:
-        record = run(slug, progress=progress)
-    if as_json:
-        write_json(record.to_json(), "-")
-        return
-    from formery.web.cards import evidence
-    from formery.web.table import console
-
-    console().print(evidence(record))
-
-
-@app.command()
-def digest(
-    since: Annotated[str | None, typer.Option(metavar="DATE", help="YYYY-MM-DD. [default: 30 days ago]")] = None,
-    markdown: Annotated[str, typer.Option(metavar="FILE", help="Where the Markdown goes; - is stdout.")] = "-",
-    feed: Annotated[str | None, typer.Option(metavar="FILE", help="Write an Atom feed there too.")] = None,
-    address: Annotated[str, typer.Option(metavar="URL", help="Where the pages are, for the feed's links.")] = "",
-) -> None:
-    """Tell what is new or newly checked.
-
-    As Markdown, and as a feed that people can follow.
-    """
-    check_targets(markdown, feed)
-    from formery.catalog.news import day, news
-    from formery.web.feed import atom
-    from formery.web.feed import markdown as as_markdown
-    from formery.web.output import write_text
-
-    start = day(since)
-    events = news(start)
-    write_text(as_markdown(events, start), markdown)
-    if feed is not None:
-        write_text(atom(events, start, address and f"{address.rstrip('/')}/"), feed)
-
-
-@app.command()
-def web(
-    host: Annotated[str, typer.Option(metavar="HOST", help="Who may connect: by default this machine alone.")] = (
-        "127.0.0.1"
-    ),
-    port: Annotated[int, typer.Option(metavar="PORT", help="0 takes a free one.")] = 8765,
-    export: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Write the pages, the viewer aside, and serve nothing.")
-    ] = None,
-    runs: Annotated[int, typer.Option(metavar="N", help="Decodings at once in the viewer.")] = 2,
-) -> None:
-    """Serve the catalogue as pages: search, papers, evidence, and tokens watched as they are decoded.
-
-    Ctrl-C ends it. Needs the extra formery[web].
-    """
-    from formery.web.site import need
-
-    need()
-    if export is not None:
-        from formery.web.site.export import export as write
-
-        number = write(Path(export))
-        note(f"{number} pages: {export}/index.html")
-        return
-    from formery.web.site.serve import serve
-
-    serve(host, port, runs)
-
-
-@app.command()
-def train(
-    recipe: Annotated[str | None, typer.Argument(metavar="RECIPE", help="What to train; see --list.")] = None,
-    list_them: Annotated[bool, typer.Option("--list", help="List the recipes.")] = False,
-    max_steps: Annotated[int | None, typer.Option("--max-steps", metavar="N", help="Stop after N steps.")] = None,
-    out: Annotated[str | None, typer.Option("--out", metavar="DIR", help="[default: runs/RECIPE]")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in DIR.")] = False,
-) -> None:
-    """Train a model that ships, by its recipe.
-
-    Ctrl-C keeps a checkpoint, from which --resume goes on.
-    """
-    from formery.train.recipe import recipes
-
-    if list_them:
-        from formery.web.table import console, listing
-
-        console().print(listing(("recipe", "what it trains"), [(k, v.description) for k, v in recipes().items()]))
-        return
-    if recipe is None:
-        raise FormeryError(f"name a recipe: {', '.join(recipes())}.")
-    from formery.evidence.card import train_and_ship
-
-    folder = Path(out or f"runs/{recipe}")
-    if resume and not folder.exists():
-        raise FormeryError(f"there is nothing to resume in {folder}: no run was begun there.")
-    try:
-        shipped = train_and_ship(recipe, folder, max_steps, resume)
-    except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)  # the loop has said where it stopped
-    note(f"the model is in {shipped}." if shipped else f"stopped early, as asked; --resume goes on in {folder}.")
-
-
-@data_app.command("list")
-def data_list() -> None:
-    """List the datasets: licence, where they are from, and whether they are here."""
-    from formery.data.sources import DATASETS, find
-    from formery.web.table import console, listing
-
-    def here(name: str) -> str:
-        try:
-            for file in DATASETS[name].files:
-                find(f"{DATASETS[name].folder}/{file.removesuffix('.gz')}")
-        except FormeryError:
-            return "no"
-        return "yes"
-
-    rows = [(name, here(name), f"{one.licence}\n{one.home}") for name, one in DATASETS.items()]
-    console().print(listing(("dataset", "here", "licence, and where it is from"), rows))
-
-
-@data_app.command("get")
-def data_get(
-    name: str,
-    base_url: Annotated[str | None, typer.Option("--base-url", metavar="URL", help="A mirror to fetch from.")] = None,
-) -> None:
-    """Fetch a dataset from the people who publish it, with checksums."""
-    from formery.data.sources import get
-
-    for path in get(name, base_url, tell=note):
-        print(path)
-
-
 def how(dtype: str | None, quantize: str | None, compile: bool | None) -> dict[str, Any]:
     """The options of `load` that were given."""
     given = {"dtype": dtype, "quantize": quantize, "compile": compile}
@@ -517,9 +268,6 @@ def every_method(model: str, draft: str | None, lossless: bool = False) -> tuple
         else:
             names += [one.name, *(f"{one.name}:{each}" for each in one.variants)]
     return names, left_out
-
-
-ALL = ("all", "all-lossless")
 
 
 def split(methods: str) -> list[str]:

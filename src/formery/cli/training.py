@@ -1,0 +1,74 @@
+"""Commands that train, and that fetch what is trained on."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from formery.cli.app import INTERRUPTED, app, data_app
+from formery.errors import FormeryError
+from formery.web.output import note
+
+
+@app.command()
+def train(
+    recipe: Annotated[str | None, typer.Argument(metavar="RECIPE", help="What to train; see --list.")] = None,
+    list_them: Annotated[bool, typer.Option("--list", help="List the recipes.")] = False,
+    max_steps: Annotated[int | None, typer.Option("--max-steps", metavar="N", help="Stop after N steps.")] = None,
+    out: Annotated[str | None, typer.Option("--out", metavar="DIR", help="[default: runs/RECIPE]")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in DIR.")] = False,
+) -> None:
+    """Train a model that ships, by its recipe.
+
+    Ctrl-C keeps a checkpoint, from which --resume goes on.
+    """
+    from formery.train.recipe import recipes
+
+    if list_them:
+        from formery.web.table import console, listing
+
+        console().print(listing(("recipe", "what it trains"), [(k, v.description) for k, v in recipes().items()]))
+        return
+    if recipe is None:
+        raise FormeryError(f"name a recipe: {', '.join(recipes())}.")
+    from formery.evidence.card import train_and_ship
+
+    folder = Path(out or f"runs/{recipe}")
+    if resume and not folder.exists():
+        raise FormeryError(f"there is nothing to resume in {folder}: no run was begun there.")
+    try:
+        shipped = train_and_ship(recipe, folder, max_steps, resume)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)  # the loop has said where it stopped
+    note(f"the model is in {shipped}." if shipped else f"stopped early, as asked; --resume goes on in {folder}.")
+
+
+@data_app.command("list")
+def data_list() -> None:
+    """List the datasets: licence, where they are from, and whether they are here."""
+    from formery.data.sources import DATASETS, find
+    from formery.web.table import console, listing
+
+    def here(name: str) -> str:
+        try:
+            for file in DATASETS[name].files:
+                find(f"{DATASETS[name].folder}/{file.removesuffix('.gz')}")
+        except FormeryError:
+            return "no"
+        return "yes"
+
+    rows = [(name, here(name), f"{one.licence}\n{one.home}") for name, one in DATASETS.items()]
+    console().print(listing(("dataset", "here", "licence, and where it is from"), rows))
+
+
+@data_app.command("get")
+def data_get(
+    name: str,
+    base_url: Annotated[str | None, typer.Option("--base-url", metavar="URL", help="A mirror to fetch from.")] = None,
+) -> None:
+    """Fetch a dataset from the people who publish it, with checksums."""
+    from formery.data.sources import get
+
+    for path in get(name, base_url, tell=note):
+        print(path)
