@@ -521,3 +521,9 @@ def test_what_cannot_be_meant_is_refused(refused: Callable[..., str], tmp_path: 
     nowhere = tmp_path / "mistyped"
     assert "nothing to resume" in refused("train", "code", "--resume", "--out", nowhere)
     assert not nowhere.exists()
+
+
+def test_verify_wants_one_paper_or_all(run: Callable[..., Ran]) -> None:
+    for given in ((), ("medusa", "--all")):
+        ran = run("verify", *given)
+        assert ran.code == 2 and "name one paper, or --all of them" in ran.err

@@ -72,11 +72,28 @@ def show(slug: str, as_json: AsJson = False) -> None:
 
 
 @app.command()
-def verify(slug: str, as_json: AsJson = False) -> None:
+def verify(
+    slug: Annotated[str | None, typer.Argument(metavar="SLUG", help="Whose check; or --all.")] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="All papers whose record is missing or stale, one after the other.")
+    ] = False,
+    again: Annotated[bool, typer.Option("--again", help="With --all: those with a current record too.")] = False,
+    jobs: Annotated[int, typer.Option(metavar="N", help="With --all: at once; they disturb each other's times.")] = 1,
+    ray: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="With --all: on that Ray cluster (auto: the one here); formery[ray]."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """Run a paper's check and write its record.
 
     The record goes to evidence/SLUG.json; a check that was stopped goes on where it was.
     """
+    if everything == (slug is not None):
+        raise FormeryError("name one paper, or --all of them.")
+    if slug is None:
+        _verify_all(again, jobs, ray)
+        return
     from formery.evidence.verify import verify as run
     from formery.methods import discover
     from formery.web.progress import Steps
@@ -91,6 +108,38 @@ def verify(slug: str, as_json: AsJson = False) -> None:
     from formery.web.table import console
 
     console().print(evidence(record))
+
+
+def _verify_all(again: bool, jobs: int, ray: str | None) -> None:
+    """Runs what has no current record, and lists what came of it."""
+    from formery.catalog import papers as listed
+    from formery.web.cards import outcomes
+    from formery.web.progress import Steps
+    from formery.web.table import console
+
+    slugs = [one.card.slug for one in listed() if one.card.module and (again or one.status != "checked")]
+    if not slugs:
+        note("every record is of the code that is here; --again runs them all.")
+        return
+    if ray is None:
+        from formery.evidence.sweep import sweep
+
+        running = sweep(slugs, jobs)
+    else:
+        from formery.evidence.cluster import sweep_on_ray
+        from formery.methods import discover
+
+        discover()
+        running = sweep_on_ray(ray, slugs)
+    found = []
+    with Steps("verifying") as progress:
+        progress(0, len(slugs), slugs[0])
+        for one in running:
+            found.append(one)
+            progress(len(found), len(slugs), f"{one.slug}: {one.record.verdict if one.record else 'no record'}")
+    console().print(outcomes(found))
+    if failed := [one.slug for one in found if one.record is None]:
+        raise FormeryError(f"no record was made of {', '.join(failed)}; the same command tries them again.")
 
 
 @app.command()

@@ -79,13 +79,19 @@ def read(slug: str, folder: Path | None = None) -> Record | None:
     if not path.is_file():
         return None
     try:
-        record = pydantic.TypeAdapter(Record).validate_json(path.read_bytes(), strict=True)
+        return parsed(path.read_bytes(), slug, str(path))
+    except OSError as error:
+        raise FormeryError(f"{path} cannot be read: {error.strerror or error}.") from error
+
+
+def parsed(text: bytes | str, slug: str, path: str) -> Record:
+    """The record of a paper from its text, which is in, or will be in, that file; FormeryError where it is none."""
+    try:
+        record = pydantic.TypeAdapter(Record).validate_json(text, strict=True)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
         raise FormeryError(f"{path} is no record: {where}: {first['msg']}; verify {slug} again.") from error
-    except OSError as error:
-        raise FormeryError(f"{path} cannot be read: {error.strerror or error}.") from error
     if record.format != 1 or record.slug != slug:
         raise FormeryError(
             f"{path} is a record of {record.slug!r}, format {record.format}; verify {slug} again."

@@ -15,6 +15,7 @@ from formery.web.words import machine_line
 if TYPE_CHECKING:
     from formery.catalog import Card, Entry
     from formery.evidence.record import Record
+    from formery.evidence.sweep import Outcome
     from formery.evidence.verdict import Criterion
 
 STYLES = {"holds": "green", "holds in part": "yellow", "does not hold": "red"}
@@ -113,6 +114,19 @@ def commands(card: "Card") -> list[str]:
     named = [method.name for method in card.methods]
     runs = [f"formery compare {work} --methods {','.join(named)}" for work in card.works or ("code",) if named]
     return [*runs, f"formery verify {card.slug}"]
+
+
+def outcomes(found: Sequence["Outcome"]) -> RenderableType:
+    """What became of each check of a sweep."""
+    rows = [
+        (
+            Text(one.slug, style="bold"),
+            verdict_text(one.record.verdict) if one.record else Text(one.problem, style="red"),
+            Text(f"{one.seconds:.0f} s" + (f", {one.attempts} attempts" if one.attempts > 1 else "")),
+        )
+        for one in found
+    ]
+    return listing(("paper", "verdict", "took"), rows, numbers=1)
 
 
 def evidence(record: "Record") -> RenderableType:
