@@ -22,6 +22,9 @@ from formery.methods import discover
 SMALL = Budget(examples=1, max_new_tokens=2, rounds=1, seeds=(0,))
 CLOCK = ("speedup", "other_share")  # what the clock says is never the same
 SLUGS = ["speculative-sampling", "medusa"]
+real_data = pytest.mark.skipif(
+    not os.environ.get("FORMERY_DATA"), reason="FORMERY_DATA names no folder of real data"
+)
 
 
 def by_slug(outcomes: Iterator[Outcome]) -> dict[str, Outcome]:
@@ -48,6 +51,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
     return by_slug(sweep([*SLUGS, "no-such-paper"], 2, SMALL, folder))
 
 
+@real_data
 def test_each_check_gives_its_record_or_says_why_not(alone: dict[str, Outcome]) -> None:
     assert alone.keys() == {*SLUGS, "no-such-paper"}
     for slug in SLUGS:
@@ -58,6 +62,7 @@ def test_each_check_gives_its_record_or_says_why_not(alone: dict[str, Outcome]) 
     assert alone["no-such-paper"].problem.startswith("there is no paper named 'no-such-paper'")
 
 
+@real_data
 def test_a_check_that_is_killed_is_begun_again_and_goes_on(
     alone: dict[str, Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -116,6 +121,7 @@ def test_leaving_early_ends_what_runs(tmp_path: Path, monkeypatch: pytest.Monkey
         next(sweep(["medusa"], 0))
 
 
+@real_data
 def test_a_record_of_other_code_is_not_written(alone: dict[str, Outcome], tmp_path: Path) -> None:
     discover()
     made = alone["medusa"].record
@@ -128,6 +134,7 @@ def test_a_record_of_other_code_is_not_written(alone: dict[str, Outcome], tmp_pa
         received("medusa", "{", 1.0, tmp_path)
 
 
+@real_data
 def test_a_cluster_that_loses_a_node_finishes(alone: dict[str, Outcome], tmp_path: Path) -> None:
     ray = pytest.importorskip("ray")
     utilities = pytest.importorskip("ray.cluster_utils")
@@ -139,12 +146,15 @@ def test_a_cluster_that_loses_a_node_finishes(alone: dict[str, Outcome], tmp_pat
         ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
         cluster.wait_for_nodes()
 
+        killed = threading.Event()
+
         def kill() -> None:
             deadline = time.monotonic() + 60
             while time.monotonic() < deadline:
                 tasks = ray.cluster_resources().get("CPU", 0) - ray.available_resources().get("CPU", 0)
                 if tasks >= 2:
                     cluster.remove_node(second, allow_graceful=False)
+                    killed.set()
                     return
                 time.sleep(0.05)
 
@@ -152,7 +162,7 @@ def test_a_cluster_that_loses_a_node_finishes(alone: dict[str, Outcome], tmp_pat
         killer.start()
         found = by_slug(sweep_on_ray(cluster.address, [*SLUGS, "no-such-paper"], SMALL, tmp_path))
         killer.join()
-        assert len([one for one in ray.nodes() if one["Alive"]]) == 1
+        assert killed.is_set()
     finally:
         ray.shutdown()
         cluster.shutdown()

@@ -11,7 +11,8 @@ from formery.generate.prompts import encoded
 from formery.generate.settings import Settings
 from formery.generate.target import Target
 from formery.models.compose import language_model
-from formery.train.loop import adamw, compiled, update
+from formery.train.alone import Alone
+from formery.train.loop import adamw, update
 from formery.train.plan import Plan
 from formery.train.recipes.code import objective
 
@@ -56,7 +57,7 @@ class Formery(System):
 
     def step(self) -> float:
         self.steps += 1
-        return update(self.running, objective, [self.batch], self.plan, self.optimizer, self.steps)
+        return update(self.training, [self.batch], self.optimizer, self.steps)
 
     def _sources(self, spare: list[int] | None = None) -> list[Any]:
         """The prompts, with a token behind that the target leaves for the first call."""
@@ -69,11 +70,11 @@ class Formery(System):
         )
         self.model.load_state_dict(formery.load(shape.folder()).state_dict())
         precision: Any = self.case.dtype
-        self.plan = Plan(steps=10**6, learning_rate=1e-4, precision=precision, compile=True)
-        self.optimizer = adamw(self.model, self.plan)
+        plan = Plan(steps=10**6, learning_rate=1e-4, precision=precision, compile=True)
+        self.optimizer = adamw(self.model, plan)
         self.batch = {"tokens": torch.tensor(self.prompts)}
         self.steps = 0
-        self.running = compiled(self.model.train(), self.plan)
+        self.training = Alone(self.model.train(), objective, plan)
 
 
 def loaded(case: Case) -> Any:

@@ -18,12 +18,21 @@ def train(
     max_steps: Annotated[int | None, typer.Option("--max-steps", metavar="N", help="Stop after N steps.")] = None,
     out: Annotated[str | None, typer.Option("--out", metavar="DIR", help="[default: runs/RECIPE]")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in DIR.")] = False,
+    recompute: Annotated[
+        bool, typer.Option("--recompute", help="Compute activations again for gradients: less memory, more time.")
+    ] = False,
+    tensor_parallel: Annotated[
+        int, typer.Option("--tensor-parallel", metavar="N", help="Processes that share each layer, under torchrun.")
+    ] = 1,
 ) -> None:
     """Train a model that ships, by its recipe.
 
-    Ctrl-C keeps a checkpoint, from which --resume goes on.
+    Ctrl-C keeps a checkpoint, from which --resume goes on. With
+    `torchrun --nproc-per-node=N -m formery train RECIPE` N processes train it.
     """
+    from formery.train.layout import Layout, laid_out
     from formery.train.recipe import recipes
+    from formery.train.world import world
 
     if list_them:
         from formery.web.table import console, listing
@@ -37,10 +46,15 @@ def train(
     folder = Path(out or f"runs/{recipe}")
     if resume and not folder.exists():
         raise FormeryError(f"there is nothing to resume in {folder}: no run was begun there.")
+    chosen = Layout(recompute, tensor_parallel)
+    chosen.check(world().size)
     try:
-        shipped = train_and_ship(recipe, folder, max_steps, resume)
+        with laid_out(chosen):
+            shipped = train_and_ship(recipe, folder, max_steps, resume)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)  # the loop has said where it stopped
+    if not world().leads:
+        return
     note(f"the model is in {shipped}." if shipped else f"stopped early, as asked; --resume goes on in {folder}.")
 
 

@@ -23,6 +23,7 @@ from formery.models import Guide, Model, load, save
 from formery.models.checkpoint import guides, locate, shipped
 from formery.train import load_weights
 from formery.train.recipe import Trained, recipes, run_recipe
+from formery.train.world import world
 
 Results = dict[str, float | str]
 GUESSED = 100  # examples of the test split on which a guide is tried
@@ -30,9 +31,12 @@ EXAMPLES = 200  # of the test split, where a decoder continues them
 
 
 def train_and_ship(name: str, out: Path, max_steps: int | None, resume: bool) -> Path | None:
-    """Runs a recipe in `out` and, when it has come to its end, writes `out`/model; None where it stopped before."""
+    """Runs a recipe in `out` and, when it has come to its end, writes `out`/model; None where it stopped before.
+
+    Of many processes that train together the leading one writes.
+    """
     trained = run_recipe(name, out, max_steps, resume)
-    return ship(name, trained, out) if trained.finished else None
+    return ship(name, trained, out) if trained.finished and world().leads else None
 
 
 def ship(name: str, trained: Trained, out: Path) -> Path:

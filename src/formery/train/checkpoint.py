@@ -6,6 +6,8 @@ Nothing is pickled.
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from formery.errors import FormeryError
 from formery.files import atomic_write
 
+LAST = "last.safetensors"
 Tensors = dict[str, Tensor]
 
 
@@ -39,10 +42,23 @@ def write(path: Path, tensors: Tensors, data: dict[str, Any]) -> None:
 
 def read(path: Path) -> tuple[Tensors, dict[str, Any]]:
     """The tensors and the data of a checkpoint; raises FormeryError when there is none or it is damaged."""
+    with _opened(path) as file:
+        names = file.keys()
+        return {name: file.get_tensor(name) for name in names}, json.loads(file.metadata()["formery"])
+
+
+def read_data(path: Path) -> dict[str, Any]:
+    """The data alone; raises FormeryError as `read`."""
+    with _opened(path) as file:
+        data: dict[str, Any] = json.loads(file.metadata()["formery"])
+    return data
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
-            names = file.keys()
-            return {name: file.get_tensor(name) for name in names}, json.loads(file.metadata()["formery"])
+            yield file
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise FormeryError(
             f"{path} is no whole checkpoint ({error}); start anew in another folder."
@@ -53,14 +69,19 @@ def put_weights(model: nn.Module, tensors: Tensors, path: Path) -> None:
     """Copies `tensors`, read from `path`, into the model; raises FormeryError where they do not fit."""
     own = weights(model)
     tensors = {name: tensor for name, tensor in tensors.items() if name.startswith("model/")}
+    refuse_other_shapes(own, tensors, path)
+    for name, tensor in tensors.items():
+        own[name].copy_(tensor)
+
+
+def refuse_other_shapes(own: Tensors, tensors: Tensors, path: Path) -> None:
+    """Raises FormeryError where tensors read from `path` are not of the names and shapes that are wanted."""
     for name in sorted(own.keys() | tensors.keys()):
         here, there = (f"{tuple(side[name].shape)}" if name in side else "absent" for side in (own, tensors))
         if here != there:
             raise FormeryError(
                 f"{path} belongs to another model: {name} is {there} there and {here} in this model."
             )
-    for name, tensor in tensors.items():
-        own[name].copy_(tensor)
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
@@ -79,14 +100,25 @@ def save_weights(path: Path, model: nn.Module, data: dict[str, Any]) -> None:
 
 def save_run(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, data: dict[str, Any]) -> None:
     """Writes the weights, the optimiser's state and the random generators' state."""
-    tensors = weights(model)
-    for name, parameter in model.named_parameters():
-        for key, tensor in optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer/{key}/{name}"] = tensor
-    tensors["random/cpu"] = torch.get_rng_state()
+    write(path, weights(model) | moments(model, optimizer) | random_state(), data)
+
+
+def moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> Tensors:
+    """What the optimiser keeps of each parameter, as "optimizer/<key>/<name>"."""
+    return {
+        f"optimizer/{key}/{name}": tensor
+        for name, parameter in model.named_parameters()
+        for key, tensor in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def random_state(rank: int = 0) -> Tensors:
+    """The state of the random generators of that process, as "random/<device>"; of the first it has no number."""
+    mark = f"-{rank}" if rank else ""
+    tensors = {f"random/cpu{mark}": torch.get_rng_state()}
     if torch.cuda.is_available():
-        tensors["random/cuda"] = torch.cuda.get_rng_state()
-    write(path, tensors, data)
+        tensors[f"random/cuda{mark}"] = torch.cuda.get_rng_state()
+    return tensors
 
 
 def restore_run(path: Path, tensors: Tensors, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -98,6 +130,13 @@ def restore_run(path: Path, tensors: Tensors, model: nn.Module, optimizer: torch
         if kind == "optimizer":
             key, _, name = rest.partition("/")
             optimizer.state[parameters[name]][key] = tensor.to(parameters[name].device)
-    torch.set_rng_state(tensors["random/cpu"])
-    if torch.cuda.is_available() and "random/cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["random/cuda"])
+    restore_random(tensors)
+
+
+def restore_random(tensors: Tensors, rank: int = 0) -> None:
+    """Puts back the state of that process's random generators, as far as `tensors` has it."""
+    mark = f"-{rank}" if rank else ""
+    if f"random/cpu{mark}" in tensors:
+        torch.set_rng_state(tensors[f"random/cpu{mark}"])
+    if torch.cuda.is_available() and f"random/cuda{mark}" in tensors:
+        torch.cuda.set_rng_state(tensors[f"random/cuda{mark}"])

@@ -7,20 +7,21 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 import torch
 from torch import nn
 
 from formery.errors import FormeryError
 from formery.files import atomic_write
-from formery.train import checkpoint
+from formery.train.alone import Alone, newest
 from formery.train.best import Best, Scores
 from formery.train.interrupt import interrupts
 from formery.train.log import COLUMNS, Log, draw_curve
 from formery.train.objective import Batch, Batches, Objective, target_count
 from formery.train.plan import Plan
 from formery.train.progress import Reporter
+from formery.train.world import said_plainly, world
 
 Evaluate = Callable[[nn.Module], Scores]
 
@@ -65,43 +66,61 @@ def train(
     """
     out = Path(out)
     last = min(plan.steps, plan.steps if stop_after is None else stop_after)
-    optimizer = adamw(model, plan)
-    done, seconds, loss = begin(model, optimizer, plan, out, resume)
-    best = Best(out / "best.safetensors", better, fresh=done == 0)
-    log = Log(out, done)
-    model.train()
-    running = compiled(model, plan)
-    with Reporter(plan.label, done, last, quiet=not progress) as reporter, interrupts() as caught:
-        for step in range(done + 1, last + 1):
-            started = time.perf_counter()
-            parts = [batches.batch((step - 1) * plan.accumulate + i) for i in range(plan.accumulate)]
-            loss = update(running, objective, parts, plan, optimizer, step)
-            taken = time.perf_counter() - started
-            seconds += taken
-            speed = sum(map(target_count, parts)) / taken
-            row = dict(zip(COLUMNS, (step, loss, plan.learning_rate_at(step), speed, seconds), strict=True))
-            reporter.step(step, loss, speed)
-            due = step % plan.evaluate_every == 0 or step == last
-            if evaluate is not None and due:
-                scores = evaluated_scores(model, evaluate)
-                row |= {f"evaluation/{name}": value for name, value in scores.items()}
-                reporter.evaluation(step, scores, best.offer(model, step, scores))
-            log.append(row)
-            if step % plan.checkpoint_every == 0 or step == last or caught:
-                data = {"plan": plan.describe(), "step": step, "seconds": seconds, "loss": loss}
-                checkpoint.save_run(out / "last.safetensors", model, optimizer, data)
-            if due:
-                draw_curve(log.rows(), out / "curve.png", plan.label)
-            if caught:
-                how = "the same command with --resume (resume=True in Python) goes on from there."
-                print(f"stopped after step {step} of {last}, kept in {out}; {how}", file=sys.stderr)
-                raise KeyboardInterrupt
-    return Result(max(done, last), loss, seconds, best.step, best.scores, best.path if best.step else None)
+    with running(model, objective, plan) as run:
+        optimizer = adamw(run.module, plan)
+        done, seconds, loss = begin(run, optimizer, out, resume)
+        run.module.train()
+        if run.world.leads:
+            best, log = Best(out / "best.safetensors", better, fresh=done == 0), Log(out, done)
+        reporter = Reporter(plan.label, done, last, quiet=not (progress and run.world.leads))
+        with reporter, interrupts() as caught:
+            for step in range(done + 1, last + 1):
+                started = time.perf_counter()
+                parts = [batches.batch((step - 1) * plan.accumulate + i) for i in range(plan.accumulate)]
+                loss = update(run, parts, optimizer, step)
+                taken = time.perf_counter() - started
+                seconds += taken
+                speed = sum(map(target_count, parts)) / taken
+                row = dict(zip(COLUMNS, (step, loss, plan.learning_rate_at(step), speed, seconds), strict=True))
+                reporter.step(step, loss, speed)
+                due = step % plan.evaluate_every == 0 or step == last
+                if evaluate is not None and due:
+                    with run.whole() as whole:
+                        if whole is not None:
+                            scores = evaluated_scores(whole, evaluate)
+                            row |= {f"evaluation/{name}": value for name, value in scores.items()}
+                            reporter.evaluation(step, scores, best.offer(whole, step, scores))
+                if run.world.leads:
+                    log.append(row)
+                stopping = run.world.summed(len(caught))[0] > 0
+                if step % plan.checkpoint_every == 0 or step == last or stopping:
+                    run.save(out, optimizer, kept(run, step, seconds, loss))
+                if due and run.world.leads:
+                    draw_curve(log.rows(), out / "curve.png", plan.label)
+                if stopping:
+                    run.finish()
+                    if run.world.leads:
+                        how = "the same command with --resume (resume=True in Python) goes on from there."
+                        print(f"stopped after step {step} of {last}, kept in {out}; {how}", file=sys.stderr)
+                    raise KeyboardInterrupt
+        run.finish()
+        found = (best.step, best.scores, best.path if best.step else None) if run.world.leads else None
+        return Result(max(done, last), loss, seconds, *run.world.from_leader(found))
 
 
-def compiled(model: nn.Module, plan: Plan) -> nn.Module:
-    """The model as its plan has it run; the compiled one shares the weights."""
-    return cast(nn.Module, torch.compile(model)) if plan.compile else model
+def running(model: nn.Module, objective: Objective, plan: Plan) -> Alone:
+    """The run of a model in this process, or together with the others that `torchrun` has started."""
+    if world().size == 1:
+        return Alone(model, objective, plan)
+    from formery.train.together import Together  # its machinery takes a while to import
+
+    return Together(model, objective, plan)
+
+
+def kept(run: Alone, step: int, seconds: float, loss: float) -> dict[str, Any]:
+    """The data of a checkpoint."""
+    data = {"plan": run.plan.describe(), "step": step, "seconds": seconds, "loss": loss}
+    return data if run.world.size == 1 else data | {"processes": run.world.size}
 
 
 def adamw(model: nn.Module, plan: Plan) -> torch.optim.AdamW:
@@ -116,51 +135,50 @@ def adamw(model: nn.Module, plan: Plan) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=plan.learning_rate, betas=plan.betas, fused=True)
 
 
-def begin(
-    model: nn.Module, optimizer: torch.optim.Optimizer, plan: Plan, out: Path, resume: bool
-) -> tuple[int, float, float]:
-    """Starts or resumes the run in `out`: the steps done, the seconds spent on them, and the last loss."""
-    last = out / "last.safetensors"
-    for unfinished in out.glob(".*.part"):  # what a killed run was writing
-        unfinished.unlink()
-    if not last.exists():
-        torch.manual_seed(plan.seed)
-        with atomic_write(out / "plan.json") as temporary:
-            temporary.write_text(json.dumps(plan.describe(), indent=2) + "\n")
+def begin(run: Alone, optimizer: torch.optim.Optimizer, out: Path, resume: bool) -> tuple[int, float, float]:
+    """Starts or resumes the run in `out`: the steps done, the seconds spent on them, and the last loss.
+
+    Where `torchrun` has begun the processes again, the run goes on as with `resume`.
+    """
+    if run.world.leads:
+        for unfinished in out.glob(".*.part"):  # what a killed run was writing
+            unfinished.unlink()
+    held = run.world.from_leader(newest(out) is not None if run.world.leads else None)
+    if not held:
+        torch.manual_seed(run.seed)
+        if run.world.leads:
+            with atomic_write(out / "plan.json") as temporary:
+                temporary.write_text(json.dumps(run.plan.describe(), indent=2) + "\n")
         return 0, 0.0, math.nan
-    if not resume:
+    if not resume and not run.world.restarts:
         raise FormeryError(
             f"{out} already holds a training run; resume it with --resume, or choose another folder."
         )
-    tensors, data = checkpoint.read(last)
-    plan.refuse_change_from(data["plan"])
-    checkpoint.restore_run(last, tensors, model, optimizer)
+    data = run.restore(out, optimizer)
+    assert data is not None
     return data["step"], data["seconds"], data["loss"]
 
 
-def update(
-    model: nn.Module,
-    objective: Objective,
-    parts: list[Batch],
-    plan: Plan,
-    optimizer: torch.optim.Optimizer,
-    step: int,
-) -> float:
+def update(run: Alone, parts: list[Batch], optimizer: torch.optim.Optimizer, step: int) -> float:
     """One step: the clipped gradient of the mean loss over all targets of the `parts`, and one move.
 
     Gives the loss; raises FormeryError, the weights untouched, when it or its gradient is not finite.
     """
-    device = next(model.parameters()).device
-    counts = [target_count(batch) for batch in parts]
+    plan, device = run.plan, next(run.module.parameters()).device
+    targets = sum(map(target_count, parts))
     total = torch.zeros((), device=device)
-    for batch, count in zip(parts, counts, strict=True):
-        here = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-        with torch.autocast(device.type, torch.bfloat16, enabled=plan.precision == "bfloat16"):
-            loss = objective(model, here) * (count / max(1, sum(counts)))
-        loss.backward()
-        total += loss.detach()
-    norm = nn.utils.clip_grad_norm_(model.parameters(), math.inf if plan.clip is None else plan.clip)
-    for name, value in (("loss", float(total)), ("gradient", float(norm))):
+    with said_plainly():
+        for number, batch in enumerate(parts, 1):
+            mine, share = run.rows(batch, targets)
+            here = {name: tensor.to(device, non_blocking=True) for name, tensor in mine.items()}
+            run.gather(last=number == len(parts))
+            with torch.autocast(device.type, torch.bfloat16, enabled=plan.precision == "bfloat16"):
+                loss = run.loss(here) * share
+            loss.backward()
+            total += loss.detach()
+        norm = run.clip(math.inf if plan.clip is None else plan.clip)
+    mean = run.world.summed(float(total))[0] / run.world.size
+    for name, value in (("loss", mean), ("gradient", norm)):
         if not math.isfinite(value):
             rate = plan.learning_rate_at(step)
             raise FormeryError(
@@ -172,7 +190,7 @@ def update(
         group["lr"] = plan.learning_rate_at(step)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return float(total)
+    return mean
 
 
 def evaluated_scores(model: nn.Module, evaluate: Evaluate) -> Scores:

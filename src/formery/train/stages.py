@@ -11,6 +11,7 @@ from formery.train.log import draw_curve, read_rows
 from formery.train.loop import Evaluate, Result, train
 from formery.train.objective import Batches, Objective
 from formery.train.plan import Plan
+from formery.train.world import world
 
 
 @dataclass(frozen=True)
@@ -57,5 +58,6 @@ def train_in_stages(
         seconds += result.seconds
         if left < stage.until or before == max_steps:
             break
-    draw_curve(rows, out / "curve.png", stages[0].plan.label)
+    if world().leads:
+        draw_curve(rows, out / "curve.png", stages[0].plan.label)
     return replace(result, step=before, best_step=best, seconds=seconds)

@@ -35,16 +35,21 @@ class Point:
         """Whether it is a method of the paper's, not one that it compares with."""
         return re.split("[: ]", self.row.setting)[0] in {method.name for method in self.entry.card.methods}
 
+    @property
+    def older(self) -> bool:
+        """Whether the code or a model has changed since."""
+        return self.entry.status == "stale"
+
     def get(self, name: str) -> Spread | None:
         """The number of that name, where it was measured."""
         return self.row.numbers.get(name)
 
 
 def works(entries: Sequence[Entry]) -> dict[str, list[Point]]:
-    """All that was measured with the code that is here, by work; the fastest first."""
+    """All that was measured, with older code too, by work; the fastest first."""
     found: dict[str, list[Point]] = {}
     for entry in entries:
-        record = entry.record if entry.status == "checked" else None
+        record = entry.record
         for row in record.rows if record else ():
             if "speedup" in row.numbers:
                 found.setdefault(row.work, []).append(Point(entry, row))

@@ -57,7 +57,7 @@ class Pages:
         self.environment.globals |= {"heading": heading, "PARTS": PARTS, "STATUS": STATUS, "TRAINING": TRAINING}
 
     def _render(self, template: str, root: str, entries: Sequence[Entry], **given: Any) -> str:
-        works = sorted({work for one in entries if one.status == "checked" for work in one.card.works})
+        works = sorted({work for one in entries if one.verdict for work in one.card.works})
         return self.environment.get_template(f"site/{template}").render(
             root=root, home=root if self.served and root else f"{root}index.html" if not self.served else "./",
             served=self.served, works=works, **given,
