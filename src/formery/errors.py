@@ -30,7 +30,5 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> FormeryError:
     """The error for a name that is not known, with the nearest known names as a suggestion."""
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
-    alike = [difflib.SequenceMatcher(None, one, name).ratio() for one in near]
-    near = [one for one, ratio in zip(near, alike, strict=True) if ratio > alike[0] - 0.2]
     hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(names) or 'none'}."
     return FormeryError(f"there is no {kind} named {name!r}; {hint}")

@@ -4,6 +4,7 @@ A line is a JSON object with the fields of `Card`; the file is named after the p
 """
 
 import dataclasses
+import difflib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -104,7 +105,8 @@ def cards() -> dict[str, Card]:
 def card(slug: str) -> Card:
     """The card of that slug; FormeryError, with the nearest slugs, where there is none."""
     if slug not in cards():
-        raise unknown("paper", slug, cards())
+        known = cards()
+        raise unknown("paper", slug, difflib.get_close_matches(slug, known, n=1, cutoff=0.8) or known)
     return cards()[slug]
 
 

@@ -86,3 +86,28 @@ def data_get(
 
     for path in get(name, base_url, tell=note):
         print(path)
+
+
+@data_app.command("tokenise")
+def data_tokenise(
+    sources: Annotated[list[str], typer.Argument(metavar="FILE...", help="Files or folders: .parquet .jsonl .txt …")],
+    tokenizer: Annotated[str, typer.Option("--tokenizer", metavar="MODEL", help="A model's, or a tokenizer.json.")],
+    out: Annotated[str, typer.Option("--out", metavar="DIR", help="Where the shards go.")],
+    column: Annotated[str, typer.Option("--column", metavar="NAME", help="Which has the text.")] = "text",
+    jobs: Annotated[int | None, typer.Option("--jobs", metavar="N", help="[default: one a core]")] = None,
+) -> None:
+    """Turn a corpus of any size into token shards to train on.
+
+    The same command goes on where it was stopped.
+    """
+    from formery.data.tokenise import tokenise
+    from formery.data.tokenizer import Tokenizer
+    from formery.models import locate
+    from formery.web.progress import Steps
+
+    path = Path(tokenizer)
+    if not path.is_file():
+        path = locate(tokenizer) / "tokenizer.json"
+    with Steps("tokenising") as progress:
+        shards = tokenise(sources, Tokenizer.load(path), out, column, jobs, progress)
+    note(f"{len(shards):,} tokens in {len(shards.paths)} shards, in {out}.")
