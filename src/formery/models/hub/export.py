@@ -60,7 +60,10 @@ def export(model: Any, path: str | Path, dtype: torch.dtype | None = None, engin
         if getattr(model, "preprocessor", None) is not None:
             _write_json(folder / PREPROCESSOR, model.preprocessor)
         if model.tokenizer is not None:
-            write_tokenizer(model.tokenizer, folder, unknown=wanted_by is not None and wanted_by.unknown)
+            # Where no unknown token is told of, some readers add one to the vocabulary; GPT-2 names the end.
+            end = model.tokenizer.tokens.get("eos_token")
+            named = end if wanted_by is not None and wanted_by.unknown else None
+            write_tokenizer(model.tokenizer, folder, {"unk_token": named})
     return path
 
 
