@@ -1,4 +1,4 @@
-"""Commands that run models: compare, generate, advise, inspect, export."""
+"""Commands that run models: compare, generate, advise, inspect."""
 
 import shlex
 import sys
@@ -227,24 +227,6 @@ def inspect(
     from formery.web.table import console
 
     console().print(inspection(found))
-
-
-@app.command()
-def export(
-    model: Annotated[str, typer.Argument(metavar="NAME|DIR|ID", help="What `--model` takes.")],
-    folder: Annotated[str, typer.Argument(metavar="DIR", help="The new folder.")],
-    dtype: Annotated[
-        str | None, typer.Option("--dtype", metavar="TYPE", help="float32, bfloat16 or float16. [default: as stored]")
-    ] = None,
-) -> None:
-    """Write a model as a Hugging Face folder, for transformers and what reads its folders."""
-    from formery.models import load
-    from formery.models.hub.export import export as write
-    from formery.models.weights import named_dtype
-
-    kind = named_dtype(dtype)
-    write(load(model, dtype=None), folder, kind)
-    note(f"written: {folder}")
 
 
 def how(dtype: str | None, quantize: str | None, compile: bool | None) -> dict[str, Any]:

@@ -29,6 +29,19 @@ def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     return [f"{path or 'the whole'} is {own}, not {other}" for path, own, other in pairs if own != other]
 
 
+def parts(value: Any, path: str = "") -> Iterator[tuple[str, Described]]:
+    """All parts of a model by path, and what they were made with: masks, scalings."""
+    if isinstance(value, Described):
+        yield path or "the whole", value
+        inner = {f"{path}.{name}" if path else name: one for name, one in _arguments(value).items()}
+    elif isinstance(value, list | tuple | nn.ModuleList):
+        inner = {f"{path}.{place}": one for place, one in enumerate(value)}
+    else:
+        return
+    for below, one in inner.items():
+        yield from parts(one, below)
+
+
 def _facts(value: Any, path: str) -> Iterator[tuple[str, Any]]:
     if isinstance(value, Described):
         yield path, type(value).__name__

@@ -21,25 +21,30 @@ from formery.models.filling import Group
 from formery.models.hub import sentences
 from formery.models.hub.anatomy import anatomy, differences
 from formery.models.hub.config import Config
+from formery.models.hub.engines import check, engine_named
 from formery.models.hub.family import FAMILIES, Family, families
 from formery.models.hub.load import CONFIG, GENERATION, PREPROCESSOR
-from formery.models.hub.names import groups
+from formery.models.hub.names import NoPlace, groups
 from formery.models.weights import INDEX, WEIGHTS
-from formery.parts import Part
+from formery.parts import Linear
 
 SHARD = 5_000_000_000  # bytes
 
 
-def export(model: Any, path: str | Path, dtype: torch.dtype | None = None) -> Path:
+def export(model: Any, path: str | Path, dtype: torch.dtype | None = None, engine: str | None = None) -> Path:
     """Writes the model as a Hugging Face folder, whole or not at all; returns the folder.
 
-    dtype: of the stored weights, as they are unless given. Raises FormeryError, naming the part, for a model that no
-    published family can hold, and where `path` holds anything else than a published checkpoint.
+    dtype: of the stored weights, as they are unless given. engine: that it is written for, "vllm", "llama.cpp" or
+    "ctranslate2". Raises FormeryError, naming the part, for a model that no published family can hold or that the
+    engine would not serve as it is, and where `path` holds anything else than a published checkpoint.
     """
+    wanted_by = None if engine is None else engine_named(engine)
     path = Path(path)
     if path.is_file() or (path.is_dir() and any(path.iterdir()) and not (path / CONFIG).is_file()):
         raise FormeryError(f"{path} holds something else than a published checkpoint; choose another folder.")
     family, told, wanted = matching(sentences.bare(model))
+    if wanted_by is not None:
+        check(wanted_by, model, family)
     first = next(iter(model.parameters()))
     stored = str(dtype or first.dtype).removeprefix("torch.")
     tokens = _special_tokens(model)
@@ -55,7 +60,10 @@ def export(model: Any, path: str | Path, dtype: torch.dtype | None = None) -> Pa
         if getattr(model, "preprocessor", None) is not None:
             _write_json(folder / PREPROCESSOR, model.preprocessor)
         if model.tokenizer is not None:
-            write_tokenizer(model.tokenizer, folder)
+            # Where no unknown token is told of, some readers add one to the vocabulary; GPT-2 names the end.
+            end = model.tokenizer.tokens.get("eos_token")
+            named = end if wanted_by is not None and wanted_by.unknown else None
+            write_tokenizer(model.tokenizer, folder, {"unk_token": named})
     return path
 
 
@@ -63,35 +71,46 @@ def matching(model: Any) -> tuple[Family, dict[str, Any], list[Group]]:
     """The family that can hold the model, its settings, and where the weights go; FormeryError where there is none."""
     ours = anatomy(model)
     nearest: tuple[int, str] | None = None
-    known = families()
+    furthest = (0, f"none is put together like {type(model).__name__}")
     origin = FAMILIES.get(getattr(model, "origin", None) or "")
-    for family in sorted(known, key=lambda one: one is not origin):
-        attempt = _attempt(family, model)
-        if attempt is None:
+    for family in sorted(families(), key=lambda one: one is not origin):
+        try:
+            told, wanted, theirs = _attempt(family, model)
+        # A model of another family may lack any part that the settings are read from.
+        except (FormeryError, AttributeError, LookupError, TypeError, ValueError, AssertionError, RuntimeError) as one:
+            place, what = _stumbled(one, model)
+            if place > furthest[0]:
+                furthest = place, f"for the nearest, {family.title}, {what}"
             continue
-        told, wanted, theirs = attempt
         differing = differences(ours, theirs)
         if not differing:
             return family, told, wanted
         if nearest is None or len(differing) < nearest[0]:
             nearest = len(differing), f"for the nearest, {family.title}, {differing[0]}"
-    made_of = ", ".join(sorted({type(part).__name__ for part in model.modules() if isinstance(part, Part)}))
-    reason = nearest[1] if nearest else f"none is put together like it ({made_of})"
+    reason = (nearest or furthest)[1]
     raise FormeryError(f"no published family can hold this model: {reason}; it can be saved with formery.save.")
 
 
-def _attempt(family: Family, model: Any) -> tuple[dict[str, Any], list[Group], dict[str, Any]] | None:
+def _attempt(family: Family, model: Any) -> tuple[dict[str, Any], list[Group], dict[str, Any]]:
     """What the family would make of the model, if it can make anything of it."""
-    try:
-        told = family.settings(model)
-        wanted = groups(model, family.places(model))
-        config = Config(told, f"the settings of a {family.title}", {one.stored for one in wanted})
-        with torch.device("meta"):
-            twin = family.build(config)
-    # A model of another family may lack any part that the settings are read from.
-    except (FormeryError, AttributeError, IndexError, KeyError, TypeError, ValueError, AssertionError, RuntimeError):
-        return None
+    told = family.settings(model)
+    wanted = groups(model, family.places(model))
+    config = Config(told, f"the settings of a {family.title}", {one.stored for one in wanted})
+    with torch.device("meta"):
+        twin = family.build(config)
     return told, wanted, anatomy(twin)
+
+
+def _stumbled(error: Exception, model: Any) -> tuple[int, str]:
+    """How far into the model a family came, and the part that it has no place for."""
+    found = getattr(error, "obj", None)
+    if isinstance(error, NoPlace):
+        found = model.get_submodule(error.weight.rpartition(".")[0])
+    for place, (name, part) in enumerate(model.named_modules()):
+        # A map belongs to the part that uses it.
+        if part is found or (isinstance(found, Linear) and any(one is found for one in part.children())):
+            return place, f"{name} is {type(part).__name__}, which has no place there"
+    return 0, ""
 
 
 def _special_tokens(model: Any) -> dict[str, Any]:

@@ -98,6 +98,14 @@ class Where:
 Names = dict[str, "str | Where"]
 
 
+class NoPlace(FormeryError):
+    """A weight that checkpoints of a family have no place for."""
+
+    def __init__(self, weight: str):
+        super().__init__(f"{weight} has no place in a checkpoint of this family.")
+        self.weight = weight
+
+
 def within(ours: str, theirs: str, **names: str) -> dict[str, str | Where]:
     """The same names below two modules: `within("a", "b", query="q_proj")` is `{"a.query": "b.q_proj"}`."""
     return {f"{ours}.{one}": f"{theirs}.{other}" for one, other in names.items()}
@@ -109,13 +117,13 @@ def fused(ours: str, theirs: str, layout: Layout, *parts: str) -> dict[str, str 
 
 
 def groups(model: nn.Module, names: Names) -> list[Group]:
-    """Their tensors, for every weight of the model; raises FormeryError for a weight that has no place there."""
+    """Their tensors, for every weight of the model; raises NoPlace for a weight that has none there."""
     patterns = [(re.compile(re.escape(ours).replace(r"\*", r"(\d+)")), where) for ours, where in names.items()]
     found: dict[str, list[tuple[int, str, Layout]]] = {}
     for name, _ in model.named_parameters():
         where = _find(name, patterns)
         if where is None:
-            raise FormeryError(f"{name} has no place in a checkpoint of this family.")
+            raise NoPlace(name)
         found.setdefault(where.name, []).append((where.part, name, where.layout))
     return [
         Group(theirs, tuple(name for _, name, _ in sorted(parts, key=lambda one: one[0])), parts[0][2])

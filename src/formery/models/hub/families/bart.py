@@ -41,6 +41,7 @@ def settings(model: Any) -> dict[str, Any]:
         **pairs.settings(model),
         "max_position_embeddings": model.max_length,
         "scale_embedding": model.decoder.embedding.scale != 1.0,
+        "normalize_before": False,  # a default that converters ask for
     }
 
 

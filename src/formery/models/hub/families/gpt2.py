@@ -56,6 +56,7 @@ def settings(model: Any) -> dict[str, Any]:
         "n_head": own.heads,
         "n_layer": len(model.layers),
         "n_positions": model.embedding.position.length,
+        "n_ctx": model.embedding.position.length,  # the older name, which converters ask for
         "n_inner": inner.hidden,
         "layer_norm_epsilon": model.norm.epsilon,
         "scale_attn_weights": scales[0] != 1.0 or own.dim == 1,
