@@ -1,5 +1,6 @@
 # make demo    install, then compare decoding methods on real code: a table here, a page in report.html
-# make test    install, then run the tests, with coverage of the core
+# make test    install, then run the tests
+# make coverage  the same, and tell which lines they reach; it takes half as long again
 # make check   install, then lint and check types
 #
 # PYTHON=/path/to/python3.11 names the interpreter; TORCH=... another build of torch than the index's default.
@@ -14,12 +15,15 @@ DEMO = sampling,aggressive-decoding,aded,stree:width=1,eagle,chimera,medusa,spec
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check
 
-.PHONY: demo test check install clean
+.PHONY: demo test coverage check install clean
 
 demo: $(VENV)/.installed
 	$(BIN)/formery compare code --methods $(DEMO) --limit 6 --max-new-tokens 128 --html report.html
 
 test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile
+
+coverage: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --cov --cov-report=term
 
 check: $(VENV)/.installed-dev

@@ -5,7 +5,6 @@ vocabulary only. The names of special tokens and the chat templates stand beside
 """
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +39,11 @@ def read_tokenizer(folder: str | Path) -> Tokenizer | None:
         return Tokenizer(inner, tokens, beside.chat_templates, beside.maximum_length).tried()
 
 
-def write_tokenizer(tokenizer: Tokenizer, folder: str | Path, lacking: Mapping[str, str | None] | None = None) -> None:
-    """Writes `tokenizer.json` and `tokenizer_config.json`, from which `read_tokenizer` and others make its equal.
-
-    lacking: what is told of kinds of special tokens that there are none of: another token's name, or None.
-    """
+def write_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
+    """Writes `tokenizer.json` and `tokenizer_config.json`, from which `read_tokenizer` and others make its equal."""
     folder = Path(folder)
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     config |= tokenizer.tokens
-    config |= {kind: name for kind, name in (lacking or {}).items() if config.get(kind) is None}
     if any(tokenizer.pair("", "")[1]):
         # The generic class leaves away which of two texts a token is of, unless told.
         config["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]

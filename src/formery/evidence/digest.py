@@ -1,9 +1,10 @@
 """The digest of the code that a record holds for, so that the record goes stale by itself.
 
 It covers the paper's module and every module of this package that it imports, directly or not, as far as the
-source says so; not the rooms that only measure, list or show, nor the loop that trains (`APART`), and not the
-`__init__` of a package of which only an inner module is imported. (What is learnt follows from a recipe, its
-objective and its plan, which count; that the loop makes the same weights of them, however it runs, tests hold.)
+source says so; not the `__init__` of a package of which only an inner module is imported, and not what is `APART`:
+rooms that only measure, list or show; the reading and writing of other people's checkpoints, since records are of
+models that ship; and the loop that trains. (What is learnt follows from a recipe, its objective and its plan, which
+count; that the loop makes the same weights of them, however it runs, tests hold.)
 What counts is the meaning of the source: comments, docstrings and layout don't, nor do the words of a paper's card.
 Sources in C++ beside a module count too.
 """
@@ -25,7 +26,7 @@ MEASURED = ("check", "works")  # of a card; the rest of it is words
 KEPT = Kept("sources", hashlib.sha256(Path(__file__).read_bytes()).hexdigest())
 APART = (
     "formery.evidence", "formery.catalog", "formery.cli", "formery.web",
-    "formery.train.loop", "formery.train.stages", "formery.train.checkpoint",
+    "formery.models.hub", "formery.train.loop", "formery.train.stages", "formery.train.checkpoint",
 )  # fmt: skip
 
 

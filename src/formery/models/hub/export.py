@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from formery.data.published import write_tokenizer
+from formery.data.tokens import CONFIG as TOKENIZER_CONFIG
 from formery.errors import FormeryError
 from formery.files import atomic_folder
 from formery.models.filling import Group
@@ -60,11 +61,18 @@ def export(model: Any, path: str | Path, dtype: torch.dtype | None = None, engin
         if getattr(model, "preprocessor", None) is not None:
             _write_json(folder / PREPROCESSOR, model.preprocessor)
         if model.tokenizer is not None:
-            # Where no unknown token is told of, some readers add one to the vocabulary; GPT-2 names the end.
+            write_tokenizer(model.tokenizer, folder)
             end = model.tokenizer.tokens.get("eos_token")
-            named = end if wanted_by is not None and wanted_by.unknown else None
-            write_tokenizer(model.tokenizer, folder, {"unk_token": named})
+            _name_unknown(folder, end if wanted_by is not None and wanted_by.unknown else None)
     return path
+
+
+def _name_unknown(folder: Path, name: str | None) -> None:
+    """Says which token stands for the unknown, if the tokenizer has none: some readers would add one of their own."""
+    path = folder / TOKENIZER_CONFIG
+    told = json.loads(path.read_text())
+    if told.get("unk_token") is None:
+        _write_json(path, told | {"unk_token": name})
 
 
 def matching(model: Any) -> tuple[Family, dict[str, Any], list[Group]]:
