@@ -1,6 +1,6 @@
 # make demo    install, then compare decoding methods on real code: a table here, a page in report.html
 # make test    install, then run the tests
-# make coverage  the same, and tell which lines they reach; it takes half as long again
+# make coverage  the same, telling which lines they reach; half as slow again
 # make check   install, then lint and check types
 #
 # PYTHON=/path/to/python3.11 names the interpreter; TORCH=... another build of torch than the index's default.

@@ -1,14 +1,16 @@
 """Commands that train, and that fetch what is trained on."""
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from formery.cli.app import INTERRUPTED, app, data_app
+from formery.cli.options import AsJson
 from formery.errors import FormeryError
-from formery.web.output import note
+from formery.web.output import note, write_json
 
 
 @app.command()
@@ -56,6 +58,46 @@ def train(
     if not world().leads:
         return
     note(f"the model is in {shipped}." if shipped else f"stopped early, as asked; --resume goes on in {folder}.")
+
+
+@app.command()
+def plan(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="What would be trained; see train --list.")],
+    gpus: Annotated[int, typer.Option("--gpus", metavar="N", help="Processes, each with a card or a part of one.")] = 1,
+    memory: Annotated[
+        str | None, typer.Option("--memory", metavar="SIZE", help="Of each process, as 80GB: what would fit.")
+    ] = None,
+    tensor_parallel: Annotated[
+        int, typer.Option("--tensor-parallel", metavar="N", help="Processes that share each layer.")
+    ] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Say what memory a training needs, with activations kept and recomputed.
+
+    One step is gone through here, in which the other processes are stand-ins; nothing is trained.
+    """
+    from formery.train.estimate import largest, need, trainings
+    from formery.train.layout import Layout
+    from formery.web.needs import memory as amount
+    from formery.web.needs import needs
+    from formery.web.progress import Steps
+    from formery.web.table import console
+
+    if gpus < 1:
+        raise FormeryError(f"a training has at least 1 process, not {gpus}.")
+    within = None if memory is None else amount(memory)
+    layouts = [Layout(recompute, tensor_parallel) for recompute in (False, True)]
+    for one in layouts:
+        one.check(gpus)
+    found = []
+    with Steps("going through a step") as progress:
+        for done, one in enumerate(layouts):
+            progress(done, len(layouts), "activations recomputed" if one.recompute else "activations kept")
+            found.append(need(largest(trainings(recipe)), gpus, one))
+    if as_json:
+        write_json({"memory": within, "needs": [asdict(one) for one in found]}, "-")
+        return
+    console().print(needs(found, within))
 
 
 @data_app.command("list")

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import copy_context
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -52,9 +53,6 @@ class Alone:
     def rows(self, batch: Batch, targets: int) -> tuple[Batch, float]:
         """What of a batch is learnt from here, and the weight of its mean among so many targets of the step."""
         return batch, target_count(batch) / max(1, targets)
-
-    def gather(self, last: bool) -> None:
-        """Says before a batch whether it is the step's last, after which gradients are complete."""
 
     def clip(self, most: float) -> float:
         """Scales the gradients down to that norm, if they have more, and gives the norm that they had."""
@@ -114,6 +112,11 @@ def _thrifty(forward: Callable[[Tensor, Context], Tensor]) -> Callable[[Tensor, 
     def run(hidden: Tensor, context: Context) -> Tensor:
         if context.state is not None or not torch.is_grad_enabled():
             return forward(hidden, context)
-        return cast(Tensor, recomputed(forward, hidden, context, use_reentrant=False))
+        meanwhile = copy_context()  # such as the kernel that an objective has chosen
+
+        def again(hidden: Tensor, context: Context) -> Tensor:
+            return meanwhile.copy().run(forward, hidden, context)
+
+        return cast(Tensor, recomputed(again, hidden, context, use_reentrant=False))
 
     return run

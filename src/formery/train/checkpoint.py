@@ -112,6 +112,14 @@ def moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> Tensors:
     }
 
 
+def begin_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Has an AdamW that made no step yet allocate what it keeps, to be filled."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **state}
+
+
 def random_state(rank: int = 0) -> Tensors:
     """The state of the random generators of that process, as "random/<device>"; of the first it has no number."""
     mark = f"-{rank}" if rank else ""

@@ -1,11 +1,15 @@
-"""How a training is laid out on the machines: what changes its time and memory, and nothing of what it learns."""
+"""How a training is laid out on the machines, or only looked at: nothing here changes what is learnt."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
+from torch import nn
+
 from formery.errors import FormeryError
+from formery.train.objective import Batches, Objective
+from formery.train.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -42,3 +46,35 @@ def laid_out(chosen: Layout) -> Iterator[None]:
         yield
     finally:
         _layout.reset(token)
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a training would be made of."""
+
+    model: nn.Module
+    objective: Objective
+    batches: Batches
+    plan: Plan
+
+
+_looking: ContextVar[list[Training] | None] = ContextVar("looking", default=None)
+
+
+def looked_at(training: Training) -> bool:
+    """Whether somebody only wants to see what trainings there would be; they have then seen this one."""
+    seen = _looking.get()
+    if seen is not None:
+        seen.append(training)
+    return seen is not None
+
+
+@contextmanager
+def looking() -> Iterator[list[Training]]:
+    """Trainings in the block do not take place: they are listed."""
+    seen: list[Training] = []
+    token = _looking.set(seen)
+    try:
+        yield seen
+    finally:
+        _looking.reset(token)

@@ -17,6 +17,7 @@ from formery.files import atomic_write
 from formery.train.alone import Alone, newest
 from formery.train.best import Best, Scores
 from formery.train.interrupt import interrupts
+from formery.train.layout import Training, looked_at
 from formery.train.log import COLUMNS, Log, draw_curve
 from formery.train.objective import Batch, Batches, Objective, target_count
 from formery.train.plan import Plan
@@ -66,6 +67,8 @@ def train(
     """
     out = Path(out)
     last = min(plan.steps, plan.steps if stop_after is None else stop_after)
+    if looked_at(Training(model, objective, batches, plan)):
+        return Result(last, math.nan, 0.0)
     with running(model, objective, plan) as run:
         optimizer = adamw(run.module, plan)
         done, seconds, loss = begin(run, optimizer, out, resume)
@@ -168,10 +171,9 @@ def update(run: Alone, parts: list[Batch], optimizer: torch.optim.Optimizer, ste
     targets = sum(map(target_count, parts))
     total = torch.zeros((), device=device)
     with said_plainly():
-        for number, batch in enumerate(parts, 1):
+        for batch in parts:
             mine, share = run.rows(batch, targets)
             here = {name: tensor.to(device, non_blocking=True) for name, tensor in mine.items()}
-            run.gather(last=number == len(parts))
             with torch.autocast(device.type, torch.bfloat16, enabled=plan.precision == "bfloat16"):
                 loss = run.loss(here) * share
             loss.backward()

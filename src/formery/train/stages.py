@@ -58,6 +58,6 @@ def train_in_stages(
         seconds += result.seconds
         if left < stage.until or before == max_steps:
             break
-    if world().leads:
+    if rows and world().leads:
         draw_curve(rows, out / "curve.png", stages[0].plan.label)
     return replace(result, step=before, best_step=best, seconds=seconds)

@@ -57,6 +57,8 @@ class Together(Alone):
         layout().check(self.world.size)
         groups = (self.world.size // layout().tensor_parallel, layout().tensor_parallel)
         self.mesh = init_device_mesh(self.world.device.type, groups, mesh_dim_names=("rows", "heads"))
+        if layout().tensor_parallel > 1:
+            self.mesh._flatten("all")  # sums over both take one message then
         self.places = _places(model)
         self.module = _same_weights(model)
         share_layers(self.module, self.mesh["heads"])
@@ -97,9 +99,6 @@ class Together(Alone):
         # FSDP takes the mean over the processes that have other rows.
         return mine, count / max(1, targets) * self.mesh["rows"].size()
 
-    def gather(self, last: bool) -> None:
-        self.step.set_requires_gradient_sync(last)
-
     def clip(self, most: float) -> float:
         meshes: dict[DeviceMesh, list[nn.Parameter]] = defaultdict(list)
         for parameter in self.module.parameters():
@@ -136,7 +135,7 @@ class Together(Alone):
             return None
         data, read = kept
         self.plan.refuse_change_from(data["plan"])
-        _begin_moments(optimizer)
+        checkpoint.begin_moments(optimizer)
         own = checkpoint.weights(self.module) | checkpoint.moments(self.module, optimizer)
         random = checkpoint.random_state(self.world.rank)
         if data == data_of_parts(out):
@@ -212,14 +211,6 @@ def _same_weights(model: nn.Module) -> nn.Module:
     kept: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
     tokenizer = getattr(model, "tokenizer", None)
     return copy.deepcopy(model, kept | {id(tokenizer): tokenizer})
-
-
-def _begin_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Has an optimiser that made no step yet allocate what it keeps, to be filled."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            state = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **state}
 
 
 @torch.no_grad()

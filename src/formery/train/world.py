@@ -4,6 +4,7 @@ import atexit
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
@@ -55,12 +56,38 @@ class World:
         return box[0]
 
 
-@cache
+_pretended: ContextVar[World | None] = ContextVar("pretended", default=None)
+
+
 def world() -> World:
     """The processes that `torchrun` says there are, met; this one alone where it says nothing.
 
     Raises FormeryError when what it says makes no sense, or when the others do not come.
     """
+    return _pretended.get() or _met()
+
+
+@contextmanager
+def pretended(size: int) -> Iterator[None]:
+    """A world of which this process is the first and the others never answer: what they would send is left as it is.
+
+    For finding out what a process holds and sends, not what it computes.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    token = _pretended.set(World(0, size))
+    if size > 1:
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
+    try:
+        yield
+    finally:
+        if size > 1:
+            dist.destroy_process_group()
+        _pretended.reset(token)
+
+
+@cache
+def _met() -> World:
     try:
         size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
         local, restarts = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
