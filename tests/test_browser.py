@@ -118,7 +118,7 @@ def test_tokens_are_watched_to_the_end(browser: Browser, address: str) -> None:
     page.get_by_label("Pause").fill("0")
     page.get_by_label("Prompt").fill("def mean(values):\n    total = sum(values)\n    return total / len(values)\n\n")
     page.get_by_role("button", name="Watch").click()
-    expect(page.locator("#said")).to_have_text("As many tokens as asked for.")
+    expect(page.locator("#said")).to_have_text("All the tokens that were asked for.")
     expect(page.locator("[data-count=tokens]")).to_have_text("24")
     calls = int(page.locator("[data-count=calls]").inner_text())
     assert page.locator("#log li").count() == calls <= 24

@@ -10,44 +10,20 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
+from conftest import Ran
 
 import formery
-from formery.__main__ import main
 from formery.data.tokenizer import train_bpe
 from formery.models import Model
 from formery.models.compose import language_model, translator
 
 SOURCE = str(Path(formery.__file__).parents[1])
-COMMANDS = ("compare", "generate", "papers", "show", "verify", "digest", "web", "train", "data")
+COMMANDS = ("compare", "generate", "papers", "show", "verify", "digest", "web", "train", "plan", "data")
 TEXT = ["def area(radius):\n    return 3.14 * radius ** 2\n", "the cat sat on the mat\n"] * 3
-
-
-class Ran(NamedTuple):
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ran]:
-    """Runs a command line in this process, at 80 columns."""
-    monkeypatch.setenv("COLUMNS", "80")
-
-    def run(*arguments: object) -> Ran:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            main([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        assert isinstance(stopped.value.code, int)
-        return Ran(stopped.value.code, out, err)
-
-    return run
 
 
 @pytest.fixture

@@ -104,15 +104,19 @@ def cards() -> dict[str, Card]:
 
 def card(slug: str) -> Card:
     """The card of that slug; FormeryError, with the nearest slugs, where there is none."""
-    if slug not in cards():
-        known = cards()
-        raise unknown("paper", slug, difflib.get_close_matches(slug, known, n=1, cutoff=0.8) or known)
-    return cards()[slug]
+    known = cards()
+    slug = slug if slug in known else slug.lower()
+    if slug not in known:
+        near = difflib.get_close_matches(slug, known, n=1, cutoff=0.7)
+        if not near:
+            raise FormeryError(f"there is no paper named {slug!r}; `formery papers {slug}` searches for it.")
+        raise unknown("paper", slug, near)
+    return known[slug]
 
 
 def _in_code() -> Iterator[Card]:
     for one in written():
-        exact = any(method.lossless for method in one.methods)
+        exact = bool(one.methods) and all(method.lossless for method in one.methods)
         given = {"name": one.card["slug"], **{k: v for k, v in one.card.items() if v != ""}}
         yield _card({**given, "module": one.module, "methods": one.methods, "exact": exact}, one.module)
 

@@ -29,7 +29,9 @@ def papers(
         bool | None,
         typer.Option("--meaning/--words", help="By meaning too, or by words alone. [default: by words]"),
     ] = None,
-    limit: Annotated[int | None, typer.Option(metavar="N", help="At most so many. [default: 10 of a query]")] = None,
+    limit: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="At most so many. [default: 10 of a query]")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """List the papers, or what a query finds.
@@ -94,11 +96,15 @@ def verify(
     if slug is None:
         _verify_all(again, jobs, ray)
         return
+    from formery.catalog import entry
+    from formery.evidence.paper import PAPERS
     from formery.evidence.verify import verify as run
     from formery.methods import discover
     from formery.web.progress import Steps
 
     discover()
+    if slug not in PAPERS and entry(slug):
+        raise FormeryError(f"{slug} has a card, but no code and no check yet.")
     with Steps(f"verifying {slug}") as progress:
         record = run(slug, progress=progress)
     if as_json:
@@ -132,6 +138,7 @@ def _verify_all(again: bool, jobs: int, ray: str | None) -> None:
         discover()
         running = sweep_on_ray(ray, slugs)
     found = []
+    note(f"{len(slugs)} checks, each some minutes: {', '.join(slugs)}.")
     with Steps("verifying") as progress:
         progress(0, len(slugs), slugs[0])
         for one in running:

@@ -198,6 +198,7 @@ class _Advisor:
         drafters = dict(self._drafters())
         self._warm(drafters, brief)
         end = time.perf_counter() + 0.45 * self.seconds
+        untried = set(drafters)
         for number, source in enumerate(self.sources):
             if number >= LEAST_PROMPTS and time.perf_counter() > end:
                 break
@@ -206,9 +207,16 @@ class _Advisor:
             self.known.append(known)
             call = Standing(self.model, known, self.settings).call
             for name, make in drafters.items():
+                # Each is tried once, unless that alone would take far longer than was asked for.
+                if time.perf_counter() > end + (self.seconds if name in untried else 0):
+                    continue
+                self.progress(self.done, self.steps, f"prompt {number + 1}, {name}")
+                untried.discard(name)
                 done, called = self.replays.setdefault(name, []), call if find(name)[0].needs_draft else None
                 if len(done) < ASKED or not done[-1].asked:
                     done.append(replay(self.model, known, make(), self.settings, called))
+        if untried:
+            self.notes.append(f"for want of time not tried: {', '.join(sorted(untried))}.")
         self.done = len(self.sources)
 
     def _warm(self, drafters: Mapping[str, Callable[[], Drafter]], brief: Settings) -> None:
@@ -216,6 +224,7 @@ class _Advisor:
         known = learn(self.model, self.sources[0], brief)
         for name, make in drafters.items():
             if find(name)[0].takes_draft:
+                self.progress(0, self.steps, f"what {name} needs")
                 replay(self.model, known, make(), brief)
 
     def _shorten(self, first: Known) -> None:

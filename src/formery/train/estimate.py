@@ -109,6 +109,7 @@ def _most(run: Alone, optimizer: torch.optim.Optimizer, training: Training) -> t
             with torch.autocast("cpu", torch.bfloat16, enabled=plan.precision == "bfloat16"):
                 loss = run.loss(mine) * share
             loss.backward()
+            tracker.reset_mod_stats()  # what it keeps of each module; it refuses to be passed again with them
         run.clip(math.inf if plan.clip is None else plan.clip)
         optimizer.step()
     found: dict[str, int] = dict.fromkeys((*HELD, "activations"), 0)

@@ -22,8 +22,8 @@ STYLES = {"holds": "green", "holds in part": "yellow", "does not hold": "red"}
 STATUS = {
     "entry only": "in the catalogue; its code is not written yet",
     "runs": "the code is here, its check has not run yet",
-    "checked": "checked with the code that is here",
-    "stale": "checked before the code or a model changed: verify it again",
+    "checked": "with the code that is here",
+    "stale": "checked before the code or a model changed; verify it again",
 }
 
 
@@ -39,7 +39,7 @@ def paper_list(entries: Sequence["Entry"]) -> RenderableType:
         )
         for entry in entries
     ]
-    return listing(("paper", "title", "part", "status", "verdict"), rows)
+    return listing(("paper", "title", "part", "status", "verdict"), rows, whole=1)
 
 
 def heading(card: "Card") -> str:
@@ -64,7 +64,7 @@ def facts(entry: "Entry") -> Iterator[tuple[str, str]]:
     if card.training:
         yield "training", f"{card.training}: {TRAINING[card.training]}"
     if card.exact:
-        yield "output", "the very one of the plain method"
+        yield "output", "exactly the plain method's"
     yield "part", f"{card.part}, shown on {card.domain.replace('-', ' ')}"
     if card.kind != "system":
         yield "kind", card.kind
@@ -129,6 +129,11 @@ def outcomes(found: Sequence["Outcome"]) -> RenderableType:
     return listing(("paper", "verdict", "took"), rows, numbers=1)
 
 
+def took(seconds: float) -> str:
+    """A time in the unit that fits."""
+    return f"{seconds:.0f} seconds" if seconds < 90 else f"{seconds / 60:.0f} minutes"
+
+
 def evidence(record: "Record") -> RenderableType:
     """The verdict, the criteria that it comes from, and what they were measured on."""
     heading = Text("verdict: ", style="bold")
@@ -136,7 +141,7 @@ def evidence(record: "Record") -> RenderableType:
     table = listing(("", "must be true", "needed", "measured"), [_criterion(one) for one in record.criteria])
     below = [
         f"Compared with {record.baseline}. {machine_line(record.machine)}.",
-        f"{record.date[:10]}, {record.seconds / 60:.0f} minutes, "
+        f"{record.date[:10]}, {took(record.seconds)}, "
         + ", ".join(f"{name} {version}" for name, version in record.versions.items())
         + ".",
         *record.notes,

@@ -54,7 +54,8 @@ def atom(events: Sequence[Event], since: date, place: str = "") -> str:
             _add(item, "link", href=f"{place}papers/{one.slug}.html")
         _add(item, "category", term=one.part)
         said = f"It claims: {one.claims}" if event.kind == "checked" else one.claims
-        _add(item, "summary", f"{one.title}. {one.does} {said}")
+        # An entry without a link must have content.
+        _add(item, "summary" if place else "content", f"{one.title}. {one.does} {said}", type="text")
     ElementTree.indent(feed)
     return '<?xml version="1.0" encoding="utf-8"?>\n' + ElementTree.tostring(feed, encoding="unicode") + "\n"
 

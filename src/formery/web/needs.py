@@ -32,10 +32,8 @@ def memory(text: str) -> int:
 def needs(found: Sequence[Need], within: int | None) -> RenderableType:
     """What each layout needs, and which fit."""
     first = found[0]
-    heading = Text(
-        f"{first.label}: {first.parameters:,} parameters, "
-        f"{first.processes} process{'es' if first.processes > 1 else ''}, {first.rows} rows of a batch in each"
-    )
+    processes, batch = _plural(first.processes, "process", "processes"), _plural(first.rows, "row", "rows")
+    heading = Text(f"{first.label}: {first.parameters:,} parameters, {processes}, {batch} of a batch in each")
     head = ("at the most, in each process", *(_layout(one) for one in found))
     rows: list[tuple[str, ...]] = [
         (says, *(size(one.held[name]) for one in found)) for name, says in NAMES.items()
@@ -51,6 +49,10 @@ def needs(found: Sequence[Need], within: int | None) -> RenderableType:
         lines.append(Text(f"\nDecoding keeps {size(first.state[0])} of each token{fixed}."))
     lines.append(Text("Tensors alone: Python and PyTorch take some 0.4 GiB besides, a card's driver as much again."))
     return Group(*lines)
+
+
+def _plural(count: int, one: str, many: str) -> str:
+    return f"{count:,} {one if count == 1 else many}"
 
 
 def _layout(one: Need) -> str:

@@ -1,8 +1,8 @@
 """Where results go: files that are whole or not there, stdout, and a word to the person on stderr."""
 
 import json
-import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,10 @@ def check_targets(*paths: str | None) -> None:
         if Path(path).is_dir():
             raise FormeryError(f"cannot write {path}: it is a folder; name a file.")
         folder = next(one for one in Path(path).absolute().parents if one.exists())
-        if not folder.is_dir() or not os.access(folder, os.W_OK):
-            raise FormeryError(f"cannot write {path}: {folder} does not take new files.")
+        try:
+            tempfile.TemporaryFile(dir=folder).close()  # what an administrator may do is not told by asking
+        except OSError as error:
+            raise FormeryError(f"cannot write {path}: {folder} does not take new files.") from error
 
 
 def write_json(data: Any, path: str) -> None:

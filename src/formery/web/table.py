@@ -19,12 +19,14 @@ def console(stderr: bool = False) -> Console:
     return Console(stderr=stderr, highlight=False, soft_wrap=False)
 
 
-def listing(columns: Sequence[str], rows: Iterable[Sequence[RenderableType]], numbers: int = 0) -> Table:
-    """A table without a frame; the last `numbers` columns are set to the right."""
+def listing(
+    columns: Sequence[str], rows: Iterable[Sequence[RenderableType]], numbers: int = 0, whole: int = 0
+) -> Table:
+    """A table without a frame; the last `numbers` columns are set to the right, the first `whole` are never folded."""
     table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
     for place, column in enumerate(columns):
         right = place >= len(columns) - numbers
-        table.add_column(column, justify="right" if right else "left", no_wrap=right, overflow="fold")
+        table.add_column(column, justify="right" if right else "left", no_wrap=right or place < whole, overflow="fold")
     for row in rows:
         table.add_row(*row)
     return table

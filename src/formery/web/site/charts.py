@@ -50,7 +50,8 @@ def ranges(lines: Sequence[Range], axis: str, reference: float | None = None) ->
         drawn.append(_line(at(reference), 2, at(reference), height - FOOT + 6, "reference"))
     for number, one in enumerate(lines):
         y = LINE * number + LINE / 2 + 4
-        label = one.label if len(one.label) * CHARACTER < LEFT - 20 else f"{one.label[:34]}…"
+        most = int((LEFT - 20) / CHARACTER)
+        label = one.label if len(one.label) <= most else f"{one.label[: most - 1]}…"
         drawn.append(_text(LEFT - 12, y + 4, label, "end"))
         drawn.append(_line(at(one.low), y, at(one.high), y, "range"))
         spot = '<circle cx="{:.1f}" cy="{:.1f}" r="4.5" class="spot"><title>{}</title></circle>'

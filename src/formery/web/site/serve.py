@@ -63,6 +63,6 @@ def bind(host: str, port: int) -> socket.socket:
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         taken.bind(place)
     except OSError as error:
-        said = f"cannot serve on {host}, port {port}: {first_line(error)}; choose another --port."
+        said = f"cannot serve on {host}, port {port}: {first_line(error)}; choose another --port or --host."
         raise FormeryError(said) from error
     return taken

@@ -45,6 +45,11 @@ if (form && form.dataset.served === "yes") {
     document.getElementById("count").textContent = `${found.length} paper${found.length === 1 ? "" : "s"}`;
     document.getElementById("nothing").hidden = found.length > 0;
   };
+  const asked = new URLSearchParams(location.search);  // a search can be linked to
+  for (const field of form.elements) {
+    if (!field.name || !asked.has(field.name)) continue;
+    if (field.type === "checkbox") field.checked = true; else field.value = asked.get(field.name);
+  }
   form.addEventListener("input", show);
   form.addEventListener("submit", (event) => { event.preventDefault(); show(); });
   show();

@@ -4,7 +4,7 @@ const form = document.getElementById("watch");
 const [said, screen, counters, written, given, log] =
   ["said", "screen", "counters", "written", "given", "log"].map((id) => document.getElementById(id));
 const [watch, stop, step] = [form.querySelector("button[type=submit]"), ...["stop", "step"].map((id) => document.getElementById(id))];
-const stops = { end: "The model ended the text.", stop: "Ended at a stop string.", length: "As many tokens as asked for.", time: "Stopped: the run took too long." };
+const stops = { end: "The model ended the text.", stop: "Ended at a stop string.", length: "All the tokens that were asked for.", time: "Stopped: the run took too long." };
 let running = null;
 let hurry = null;
 
