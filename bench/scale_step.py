@@ -23,18 +23,19 @@ from formery.train.world import world
 VOCABULARY, ROWS, LENGTH = 4096, 16, 256
 
 
-def training(model: str, precision: Any) -> Training:
-    """A model of 11 M parameters and more, and batches of 4,096 tokens."""
+def training(model: str, precision: Any, rows: int = ROWS) -> Training:
+    """A model of 11 M parameters and more, and batches of that many rows: of 4,096 tokens unless told."""
     torch.manual_seed(0)
     plan = Plan(steps=1000, learning_rate=1e-3, precision=precision, label=model)
     random = torch.Generator().manual_seed(1)
     if model == "decoder":
         ids = torch.randint(VOCABULARY, (100_000,), generator=random)
         made: nn.Module = language_model(VOCABULARY, 384, 6, 6, 2, 1024, 512)
-        return Training(made, eager_next_token, WindowBatches(ids, LENGTH, ROWS), plan)
-    rows = torch.randint(3, VOCABULARY, (64, 128), generator=random).tolist()
+        return Training(made, eager_next_token, WindowBatches(ids, LENGTH, rows), plan)
+    texts = torch.randint(3, VOCABULARY, (64, 128), generator=random).tolist()
     made = translator(VOCABULARY, 384, 3, 3, 6, 1024, 512, start_token=1)
-    return Training(made, eager_translate, PairBatches([(row, [1, *row[1:]]) for row in rows], 4096, pad=0), plan)
+    pairs = [(text, [1, *text[1:]]) for text in texts]
+    return Training(made, eager_translate, PairBatches(pairs, rows * LENGTH, pad=0), plan)
 
 
 def eager_next_token(model: nn.Module, batch: Batch) -> torch.Tensor:
@@ -69,7 +70,7 @@ def steps(what: Training, layout: Layout, count: int) -> float:
 
 def main() -> None:
     """The steps, after some of a tiny model, so that what PyTorch builds once is not counted."""
-    model, precision, recompute, tensor_parallel, count, threads = json.loads(sys.argv[1])
+    model, precision, recompute, tensor_parallel, count, threads, *rows = json.loads(sys.argv[1])
     torch.set_num_threads(threads)
     plan = Plan(steps=10, learning_rate=1e-3)
     tiny = Training(language_model(64, 32, 1, 2, 2, 64, 32), next_token, WindowBatches(torch.arange(64), 16, 8), plan)
@@ -78,7 +79,7 @@ def main() -> None:
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the most is counted from here
     before = resident("VmRSS")
-    seconds = steps(training(model, precision), Layout(recompute, tensor_parallel), count)
+    seconds = steps(training(model, precision, *rows), Layout(recompute, tensor_parallel), count)
     found = {"peak": resident("VmHWM") - before, "seconds": seconds}
     peaks = [found] if world().size == 1 else _from_all(found)
     if world().leads:

@@ -62,3 +62,12 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
         return Ran(stopped.value.code, out, err)
 
     return run
+
+
+LONG = ("test_together", "test_sweep", "test_cards", "test_shards", "test_near_ties", "test_stree")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take longest come first, so that no process is left alone with one of them at the end."""
+    order = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(LONG)))

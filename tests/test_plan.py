@@ -84,7 +84,7 @@ def test_the_state_of_a_token() -> None:
 
 
 def test_a_process_takes_what_was_planned() -> None:
-    asked = ["decoder", "float32", True, 1, 3, 1]
+    asked = ["decoder", "float32", True, 1, 3, 1, 4]
     environment = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
     ran = subprocess.run(
         [sys.executable, "-m", "bench.scale_step", json.dumps(asked)], cwd=ROOT, check=True, capture_output=True,
@@ -94,7 +94,7 @@ def test_a_process_takes_what_was_planned() -> None:
     code = (
         "from bench.scale_step import training\nfrom formery.train.estimate import need\n"
         "from formery.train.layout import Layout\n"
-        "print(need(training('decoder', 'float32'), 1, Layout(recompute=True)).total)"
+        "print(need(training('decoder', 'float32', 4), 1, Layout(recompute=True)).total)"
     )
     planned = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
     assert int(planned.stdout) == pytest.approx(peak, rel=0.15)

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
+from formery.data.base import Example
 from formery.errors import FormeryError
 from formery.evidence import record as records
 from formery.evidence import sweep as sweeping
-from formery.evidence.cluster import received, sweep_on_ray
+from formery.evidence.cluster import compare_on_ray, received, sweep_on_ray
 from formery.evidence.measured import Budget
 from formery.evidence.sweep import Outcome, sweep
 from formery.methods import discover
@@ -163,6 +164,11 @@ def test_a_cluster_that_loses_a_node_finishes(alone: dict[str, Outcome], tmp_pat
         found = by_slug(sweep_on_ray(cluster.address, [*SLUGS, "no-such-paper"], SMALL, tmp_path))
         killer.join()
         assert killed.is_set()
+        work = [Example("def add(a, b):\n", "    return a + b\n", "one")]
+        compared = compare_on_ray(cluster.address, "code-draft", work, ["aggressive-decoding"], max_new_tokens=4)
+        assert [row.method for row in compared.rows] == ["greedy", "aggressive-decoding"] and len(compared.outputs) == 1
+        with pytest.raises(FormeryError, match="there is no method named 'agressive-decoding'"):
+            compare_on_ray(cluster.address, "code-draft", work, ["agressive-decoding"])
     finally:
         ray.shutdown()
         cluster.shutdown()

@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -64,13 +63,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"out": f"{at}/two-decoder"}, {"out": f"{at}/two-translator", "model": "translator"},
         {"out": f"{at}/two-recompute", "recompute": True}, {"out": f"{at}/two-heads", "tensor_parallel": 2},
         {"out": f"{at}/two-heads-translator", "model": "translator", "tensor_parallel": 2},
-        {"out": f"{at}/passed-on", "stop": 7, "resume": True},
+        {"out": f"{at}/passed-on", "stop": 5, "resume": True},
     )  # fmt: skip
     assert two.returncode == 0, two.stderr
     four = torchrun(
         4,
         {"out": f"{at}/four-decoder"}, {"out": f"{at}/four-heads", "tensor_parallel": 2, "recompute": True},
-        {"out": f"{at}/passed-on", "stop": 10, "resume": True},
+        {"out": f"{at}/passed-on", "stop": 7, "resume": True},
     )  # fmt: skip
     assert four.returncode == 0, four.stderr
     together.run(str(folder / "passed-on"), resume=True)
@@ -109,25 +108,17 @@ def test_the_model_is_whole_in_every_process_afterwards(folder: Path, name: str,
 
 
 def test_only_the_last_checkpoint_stays(folder: Path) -> None:
-    assert [one.name for one in parts.steps(folder / "two-decoder")] == ["step-00000012"]
+    assert [one.name for one in parts.steps(folder / "two-decoder")] == ["step-00000008"]
     assert not parts.steps(folder / "passed-on") and (folder / "passed-on" / "last.safetensors").exists()
     assert not [one for one in folder.rglob("*") if one.suffix in (".pt", ".pkl", ".distcp") or one.name == ".metadata"]
 
 
-def test_a_process_that_is_killed_stops_the_others_with_a_sentence(tmp_path: Path) -> None:
-    began = time.monotonic()
-    ran = torchrun(2, {"out": str(tmp_path / "run"), "deadly": 13})  # in the seventh step
-    assert ran.returncode != 0 and time.monotonic() - began < 60
-    said = [line for line in ran.stderr.splitlines() if line.startswith("formery:")]
-    assert len(said) == 1 and "another process of this training has died" in said[0] and "--resume" in said[0]
-    assert "formery/train/" not in ran.stderr  # the only traceback is that of torchrun
-    data = parts.read_data(tmp_path / "run")
-    assert data is not None and data["step"] == 4
-
-
-def test_torchrun_begins_again_where_the_last_checkpoint_is(folder: Path, tmp_path: Path) -> None:
-    ran = torchrun(2, {"out": str(tmp_path / "run"), "deadly": 13}, restarts=1)
+def test_a_process_that_is_killed_stops_the_others_and_torchrun_begins_again(folder: Path, tmp_path: Path) -> None:
+    ran = torchrun(2, {"out": str(tmp_path / "run"), "deadly": 13}, restarts=1)  # in the seventh step
     assert ran.returncode == 0, ran.stderr
+    [said] = [line for line in ran.stderr.splitlines() if line.startswith("formery:")]
+    assert "another process of this training has died" in said and "--resume" in said
+    assert "Traceback" not in ran.stderr
     assert losses(tmp_path / "run") == losses(folder / "two-decoder")
     kept, wanted = weights(tmp_path / "run"), weights(folder / "two-decoder")
     assert all(torch.equal(kept[name], tensor) for name, tensor in wanted.items())
@@ -162,7 +153,7 @@ for kill in range(kills):
         except BaseException:
             traceback.print_exc()
         os._exit(1)
-    time.sleep(0.05 + 0.35 * chance.random())
+    time.sleep(0.03 + 0.3 * chance.random())
     os.kill(child, signal.SIGKILL)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL, "it ended by itself"
     data = read_data(out)
@@ -179,11 +170,11 @@ print(kills, "kills", written, "checkpoints")
 
 def test_a_checkpoint_killed_at_any_moment_leaves_one_that_is_whole(tmp_path: Path) -> None:
     ran = subprocess.run(
-        [sys.executable, "-c", KILLED, str(tmp_path), "60"], capture_output=True, text=True, timeout=200
+        [sys.executable, "-c", KILLED, str(tmp_path), "55"], capture_output=True, text=True, timeout=200
     )
     assert ran.returncode == 0, ran.stderr
     kills, _, written, _ = ran.stdout.split()
-    assert int(kills) == 60 and int(written) > 60
+    assert int(kills) == 55 and int(written) > 55
 
 
 @given(st.integers(1, 9), st.integers(1, 6), st.data())
@@ -225,7 +216,7 @@ def test_a_damaged_checkpoint_is_told(folder: Path, tmp_path: Path, damage: str)
     if damage == "pointer":
         (out / "last.json").write_text((out / "last.json").read_text()[:40])
     elif damage == "folder":
-        (out / "last.json").write_text((out / "last.json").read_text().replace(step.name, "../step-00000012"))
+        (out / "last.json").write_text((out / "last.json").read_text().replace(step.name, "../step-00000008"))
     else:
         shard = max(step.iterdir())
         shard.write_bytes(shard.read_bytes()[:-64])

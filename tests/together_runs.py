@@ -19,7 +19,7 @@ from formery.train.layout import Layout, laid_out
 from formery.train.objective import Batch, Batches
 from formery.train.world import world
 
-PLAN = Plan(steps=12, learning_rate=1e-2, warmup=3, evaluate_every=6, checkpoint_every=4, accumulate=2, seed=1)
+PLAN = Plan(steps=8, learning_rate=1e-2, warmup=2, evaluate_every=4, checkpoint_every=4, accumulate=2, seed=1)
 TRANSLATES = translate(label_smoothing=0.1)
 
 

@@ -52,7 +52,8 @@ class Card:
     slug: its name here; name: what it is called. year: of its first appearance, where it is known for sure. kind: one
     of `KINDS`. part: of a transformer, that it changes. domain: what it was shown on. does, claims: a sentence or two.
     needs: what it takes to use it. sought: what those look for whom it would help, in their words. training: a key of
-    `TRAINING`. exact: its output is that of the plain method.
+    `TRAINING`. exact: its output, by the method of its own name, is
+    that of the plain method.
     related: by slug, what a paper shares with this one. covers: for surveys and resources, papers of their topic.
     added: the day it came in. module, works, methods: its code, what its check runs on, what it registers.
     """
@@ -116,7 +117,8 @@ def card(slug: str) -> Card:
 
 def _in_code() -> Iterator[Card]:
     for one in written():
-        exact = bool(one.methods) and all(method.lossless for method in one.methods)
+        promises = {method.name: method.lossless for method in one.methods}
+        exact = promises.get(one.card["slug"], any(promises.values()))
         given = {"name": one.card["slug"], **{k: v for k, v in one.card.items() if v != ""}}
         yield _card({**given, "module": one.module, "methods": one.methods, "exact": exact}, one.module)
 

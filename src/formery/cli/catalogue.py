@@ -103,10 +103,13 @@ def verify(
     from formery.web.progress import Steps
 
     discover()
-    if slug not in PAPERS and entry(slug):
-        raise FormeryError(f"{slug} has a card, but no code and no check yet.")
-    with Steps(f"verifying {slug}") as progress:
-        record = run(slug, progress=progress)
+    try:
+        with Steps(f"verifying {slug}") as progress:
+            record = run(slug, progress=progress)
+    except FormeryError:
+        if slug in PAPERS:
+            raise
+        raise FormeryError(f"{entry(slug).card.slug} has a card, but no code and no check yet.") from None
     if as_json:
         write_json(record.to_json(), "-")
         return

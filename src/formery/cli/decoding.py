@@ -32,6 +32,9 @@ def compare(
     seed: Seed = 0,
     json_file: Json = None,
     html: Annotated[str | None, typer.Option("--html", metavar="FILE", help="Write a report there.")] = None,
+    ray: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="On a node of that Ray cluster (auto: the one here).")
+    ] = None,
 ) -> None:
     """Run decoding methods side by side.
 
@@ -58,11 +61,16 @@ def compare(
         names, left_out = every_method(model or named, draft, lossless=methods == "all-lossless")
     else:
         names, left_out = split(str(methods)), []
-    with Steps("comparing") as progress:
-        comparison = run(
-            model or named, named if given is None else given, names, draft=draft, limit=limit,
-            batch=batch, max_new_tokens=max_new_tokens, seed=seed, progress=progress,
-        )  # fmt: skip
+    what = (model or named, named if given is None else given, names)
+    options: dict[str, Any] = {"draft": draft, "limit": limit, "batch": batch, "seed": seed}
+    options["max_new_tokens"] = max_new_tokens
+    if ray is not None:
+        from formery.evidence.cluster import compare_on_ray
+
+        comparison = compare_on_ray(ray, *what, **options)
+    else:
+        with Steps("comparing") as progress:
+            comparison = run(*what, **options, progress=progress)
     console(stderr=json_file == "-").print(comparison_table(comparison))
     if left_out:
         note(f"without {', '.join(left_out)}: no draft ships for {model or named}; name one with --draft.")
@@ -190,7 +198,7 @@ def advise(
 ) -> None:
     """Say what would make a model faster here, and by how much.
 
-    Kernels, fewer bits, batches, drafting: measured or predicted in less than a minute, each with its error bar, what
+    Kernels, fewer bits, batches, drafting: measured or predicted in about a minute, each with its error bar, what
     it costs and how to apply it.
     """
     check_targets(json_file)

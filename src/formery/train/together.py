@@ -91,7 +91,7 @@ class Together(Alone):
         return cast(Tensor, cast(nn.Module, self.step)(batch))
 
     def rows(self, batch: Batch, targets: int) -> tuple[Batch, float]:
-        """Every so-manieth row; a process that has no target among its own computes one row for nothing.
+        """Every n-th row of n processes; one that has no target among its own computes a row for nothing.
 
         Raises FormeryError where the batch does not consist of rows.
         """

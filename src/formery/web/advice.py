@@ -157,7 +157,7 @@ def _measured(one: "Advice") -> list[RenderableType]:
     bandwidth = f"{profile.read_bytes / seconds[1] / 1e9:.1f} GB/s of weights"
     facts.add_row(
         "bandwidth",
-        f"{bandwidth}, {share(profile.bandwidth)} of a plain read's {profile.streaming / 1e9:.1f}",
+        f"{bandwidth}; a plain read of memory takes {profile.streaming / 1e9:.1f} GB/s",
     )
     facts.add_row("memory", f"{size(profile.weight_bytes)} of weights")
     facts.add_row(
