@@ -21,10 +21,10 @@ demo: $(VENV)/.installed
 	$(BIN)/formery compare code --methods $(DEMO) --limit 6 --max-new-tokens 128 --html report.html
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile
+	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder
 
 coverage: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --cov --cov-report=term
+	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder --cov --cov-report=term
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check

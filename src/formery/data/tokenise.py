@@ -4,9 +4,12 @@ import hashlib
 import json
 import multiprocessing
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -113,22 +116,31 @@ def _in_parallel(
     left = iter(waiting)
     running: set[Future[str]] = set()
     try:
-        with pool:
-            while True:
-                while len(running) <= jobs and (one := next(left, None)):
+        while True:
+            while len(running) <= jobs and (one := next(left, None)):
+                with _uninterrupted():
                     running.add(pool.submit(_write, one[0], out / one[1], column, kind))
-                if not running:
-                    return
-                ended, running = wait(running, return_when=FIRST_COMPLETED)
-                for future in ended:
-                    yield future.result()
+            if not running:
+                return
+            ended, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in ended:
+                yield future.result()
     except BrokenProcessPool as error:
         raise FormeryError(
             "a process that tokenises was killed, perhaps for memory; the same command goes on, --jobs 1 takes less."
         ) from error
     finally:
-        for future in running:
-            future.cancel()
+        pool.shutdown(cancel_futures=True)  # what is being written is finished
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C does not reach processes that begin in the block: one that died of it could hold what others wait for."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 _tokenizer: list[Tokenizer] = []  # of a process that tokenises
@@ -136,7 +148,16 @@ _tokenizer: list[Tokenizer] = []  # of a process that tokenises
 
 def _start(path: str) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes fill the cores already
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _tokenizer[:] = [Tokenizer.load(path)]
+
+
+def _end_with_parent() -> None:
+    """Ends this process when the one that began it is gone, killed perhaps."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _write(parts: list[Piece], path: Path, column: str, kind: str) -> str:
