@@ -36,7 +36,7 @@ def test_greedy_is_the_same_by_every_shape(kind: str, name: str) -> None:
             assert [(one.tokens, one.stop) for one in found] == wanted
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [one for one in NAMES if "adapt" not in one])
 def test_some_guesses_stand_and_some_do_not(name: str) -> None:
     """Without this, the test above could pass with drafts that are never looked at."""
     target = model("rotary")

@@ -20,7 +20,7 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import constants
-from huggingface_hub.utils import are_progress_bars_disabled, logging
+from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars, logging
 from published import saved
 from safetensors.torch import save
 
@@ -570,6 +570,7 @@ class Terminal(io.StringIO):
 
 def test_bars_are_for_terminals(hub: Hub, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     hub.publish("us/small", SMALL)
+    enable_progress_bars()  # whatever other libraries have done before
     session, verbosity = huggingface_hub.get_session(), logging.get_verbosity()
     before = {when: list(hooks) for when, hooks in session.event_hooks.items()}
     fetch("us/small", weights=False)

@@ -41,9 +41,9 @@ def test_some_guesses_stand_and_drafts_do_not_depend_on_neighbours(name: str) ->
     whole = generate(target, prompts, name, **asked)
     plain = generate(target, prompts, max_new_tokens=24)
     assert [one.tokens for one in whole] == [one.tokens for one in plain]
-    assert 0 < sum(one.accepted for one in whole) < sum(one.drafted for one in whole)
     if "adapt" in name:  # what is drafted then depends on the clock
         return
+    assert 0 < sum(one.accepted for one in whole) < sum(one.drafted for one in whole)
     for temperature in (0.0, 0.8):
         whole = generate(target, prompts, name, temperature=temperature, stop_tokens=[9, 31], **asked)
         for batch in (1, 2, 5):
