@@ -10,7 +10,7 @@ from rich.text import Text
 
 from formery.catalog.card import TRAINING
 from formery.web.table import listing
-from formery.web.words import machine_line
+from formery.web.words import machine_line, took
 
 if TYPE_CHECKING:
     from formery.catalog import Card, Entry
@@ -127,11 +127,6 @@ def outcomes(found: Sequence["Outcome"]) -> RenderableType:
         for one in found
     ]
     return listing(("paper", "verdict", "took"), rows, numbers=1)
-
-
-def took(seconds: float) -> str:
-    """A time in the unit that fits."""
-    return f"{seconds:.0f} seconds" if seconds < 90 else f"{seconds / 60:.0f} minutes"
 
 
 def evidence(record: "Record") -> RenderableType:

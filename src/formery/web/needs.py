@@ -9,7 +9,7 @@ from rich.text import Text
 from formery.errors import FormeryError
 from formery.train.estimate import Need
 from formery.web.table import listing
-from formery.web.words import size
+from formery.web.words import counted, size
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 NAMES = {
@@ -32,7 +32,8 @@ def memory(text: str) -> int:
 def needs(found: Sequence[Need], within: int | None) -> RenderableType:
     """What each layout needs, and which fit."""
     first = found[0]
-    processes, batch = _plural(first.processes, "process", "processes"), _plural(first.rows, "row", "rows")
+    processes = "1 process" if first.processes == 1 else f"{first.processes} processes"
+    batch = counted(first.rows, "row")
     heading = Text(f"{first.label}: {first.parameters:,} parameters, {processes}, {batch} of a batch in each")
     head = ("at the most, in each process", *(_layout(one) for one in found))
     rows: list[tuple[str, ...]] = [
@@ -49,10 +50,6 @@ def needs(found: Sequence[Need], within: int | None) -> RenderableType:
         lines.append(Text(f"\nDecoding keeps {size(first.state[0])} of each token{fixed}."))
     lines.append(Text("Tensors alone: Python and PyTorch take some 0.4 GiB besides, a card's driver as much again."))
     return Group(*lines)
-
-
-def _plural(count: int, one: str, many: str) -> str:
-    return f"{count:,} {one if count == 1 else many}"
 
 
 def _layout(one: Need) -> str:

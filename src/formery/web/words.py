@@ -30,6 +30,11 @@ def size(count: int) -> str:
     return f"{value:.0f} {units[0]}" if value >= 10 or units[0] == "B" else f"{value:.1f} {units[0]}"
 
 
+def took(seconds: float) -> str:
+    """A time in the unit that fits."""
+    return f"{seconds:.0f} seconds" if seconds < 90 else f"{seconds / 60:.0f} minutes"
+
+
 def rate(value: float) -> str:
     """A number with three significant digits, zeros too, and no exponent."""
     if value >= 99.95:
