@@ -146,10 +146,11 @@ def data_tokenise(
     from formery.data.tokenizer import Tokenizer
     from formery.models import locate
     from formery.web.progress import Steps
+    from formery.web.words import counted
 
     path = Path(tokenizer)
     if not path.is_file():
         path = locate(tokenizer) / "tokenizer.json"
     with Steps("tokenising") as progress:
         shards = tokenise(sources, Tokenizer.load(path), out, column, jobs, progress)
-    note(f"{len(shards):,} tokens in {len(shards.paths)} shards, in {out}.")
+    note(f"{len(shards):,} tokens in {counted(len(shards.paths), 'shard')}, in {out}.")
