@@ -8,6 +8,8 @@ from functools import cache
 from threading import Event, Lock, Thread
 from typing import TYPE_CHECKING, Any
 
+import anyio
+
 from formery.catalog import papers
 from formery.errors import FormeryError
 from formery.evidence.record import SHIPPED, shipped_names
@@ -146,8 +148,10 @@ class Viewer:
                         yield event
                 finally:
                     left.set()
-                    while thread.is_alive():  # its place is free when it has really ended
-                        await asyncio.sleep(0.01)
+                    # Its place is free when it has really ended, and a connection that closes cancels each wait.
+                    with anyio.CancelScope(shield=True):
+                        while thread.is_alive():
+                            await asyncio.sleep(0.01)
         finally:
             self.under_way -= 1
 
