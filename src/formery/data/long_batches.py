@@ -1,0 +1,71 @@
+"""What a model learns the work `long` from: rows of plain text and rows that end in questions, half and half."""
+
+from itertools import cycle
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from formery.data.batching import WindowBatches
+from formery.data.long import Long, Question
+from formery.data.tokenizer import Tokenizer
+from formery.errors import FormeryError
+
+ROOM = 48  # tokens of a row for the questions behind the first one, at most half of a row
+
+
+class LongBatches:
+    """Batches of windows of a text, and of as many rows of questions; endless, the same for the same step.
+
+    ids: the text. tasks: that are asked. share: of the rows that hold questions.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        ids: Int[Tensor, " total"],
+        length: int,
+        batch_size: int,
+        seed: int = 0,
+        share: float = 0.5,
+        work: Long | None = None,
+        split: str = "train",
+    ) -> None:
+        if tokenizer.bos is None:
+            raise FormeryError("questions begin with <bos>, which this tokenizer does not have.")
+        self.tokenizer, self.length, self.seed, self.split = tokenizer, length, seed, split
+        self.asked = round(share * batch_size)
+        self.windows = WindowBatches(ids, length, batch_size - self.asked, seed) if self.asked < batch_size else None
+        tasks = Long().tasks if work is None else work.tasks
+        self.work = Long(length - ROOM, tasks, tokenizer=tokenizer, depth=None if work is None else work.depth)
+
+    def batch(self, step: int) -> dict[str, Tensor]:
+        """{"tokens", "answers"}: Int and Bool[Tensor, "batch length+1"]; answers: which tokens answer a question."""
+        tokens = [] if self.windows is None else [self.windows.batch(step)["tokens"]]
+        answers = [torch.zeros_like(one, dtype=torch.bool) for one in tokens]
+        first = step * self.asked
+        asking = self.work.questions(self.split, self.seed, first)  # type: ignore[arg-type]
+        for _, question in zip(range(self.asked), asking, strict=False):
+            row, due = self.row(question)
+            tokens.append(row[None])
+            answers.append(due[None])
+        return {"tokens": torch.cat(tokens), "answers": torch.cat(answers)}
+
+    def row(self, question: Question) -> tuple[Int[Tensor, " window"], Bool[Tensor, " window"]]:
+        """A text with its question and answer, then further ones, over and over until the row is full."""
+        assert self.tokenizer.bos is not None
+        row, due = [self.tokenizer.bos], [False]
+
+        def add(text: str, answer: bool) -> None:
+            ids = self.tokenizer.encode(text)
+            row.extend(ids)
+            due.extend([answer] * len(ids))
+
+        add(question.prompt, False)
+        add(question.answer, True)
+        for asked, answer in cycle(question.more):
+            if len(row) > self.length:
+                break
+            add("." + asked, False)
+            add(answer, True)
+        return torch.tensor(row[: self.length + 1]), torch.tensor(due[: self.length + 1])

@@ -1,0 +1,50 @@
+"""A model that uses a long context: 6 layers, 3 M parameters, texts of 192, then 512, then 2,048 tokens.
+
+Half of each batch is prose and code, half texts of the work `long`, whose answers lie anywhere before the question.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from formery.data.long import Long
+from formery.data.long_batches import LongBatches
+from formery.data.long_text import VOCABULARY, code, prose, tokenizer
+from formery.models.compose import language_model
+from formery.train.answering import answering, answers_and_text
+from formery.train.plan import Plan
+from formery.train.recipe import Trained
+from formery.train.stages import Stage, train_in_stages
+
+NAME = "long"
+DESCRIPTION = "decoder of 3 M parameters that answers from up to 2,048 tokens back, trained on WikiText-2 and code"
+LENGTH = 2048  # tokens that it learns to use; it takes more
+
+# The first stages are left while their learning rate is still high; the last brings it down.
+SHORT = Plan(steps=2400, learning_rate=2e-3, warmup=150, evaluate_every=200, checkpoint_every=50, label="long-192")
+MIDDLE = replace(SHORT, steps=1600, learning_rate=1.5e-3, warmup=30, seed=1, label="long-512")
+LAST = replace(
+    SHORT, steps=600, learning_rate=1.2e-3, warmup=20, final_learning_rate_ratio=0.02, evaluate_every=100, seed=2,
+    label="long-2048",
+)  # fmt: skip
+SHORT_STEPS, MIDDLE_STEPS = 1400, 500
+
+
+def run(out: Path, max_steps: int | None, resume: bool) -> Trained:
+    """Trains into `out`."""
+    vocabulary = tokenizer()
+    ids, others = (torch.cat((prose(split), code(split))) for split in ("train", "valid"))
+    stages = [
+        Stage(SHORT, LongBatches(vocabulary, ids, 192, 32, SHORT.seed), SHORT_STEPS),
+        Stage(MIDDLE, LongBatches(vocabulary, ids, 512, 12, MIDDLE.seed), MIDDLE_STEPS),
+        Stage(LAST, LongBatches(vocabulary, ids, LENGTH, 4, LAST.seed), LAST.steps),
+    ]
+    held_out = LongBatches(vocabulary, others, 1024, 8, split="valid")
+    torch.manual_seed(SHORT.seed)
+    model = language_model(VOCABULARY, width=192, layers=6, heads=6, key_value_heads=6, hidden=512, max_length=8192)
+    model.tokenizer = vocabulary
+    evaluate = answers_and_text([held_out.batch(step) for step in range(4)])
+    result = train_in_stages(model, answering, stages, out, evaluate, max_steps, resume)
+    licence = "CC BY-SA 3.0 (WikiText-2) and Python Software Foundation License 2.0 (the standard library)"
+    return Trained(model, result, SHORT_STEPS + MIDDLE_STEPS + LAST.steps, (SHORT, MIDDLE, LAST), Long.name, licence)
