@@ -6,18 +6,20 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from formery.data.base import Split
 from formery.data.batching import WindowBatches
 from formery.data.long import Long, Question
 from formery.data.tokenizer import Tokenizer
 from formery.errors import FormeryError
 
-ROOM = 48  # tokens of a row for the questions behind the first one, at most half of a row
+ROOM = 48  # tokens of a row for the questions behind the first one
 
 
 class LongBatches:
     """Batches of windows of a text, and of as many rows of questions; endless, the same for the same step.
 
-    ids: the text. tasks: that are asked. share: of the rows that hold questions.
+    ids: the text. share: of the rows that hold questions. work: whose tasks and depth they have. room: tokens of a row
+    that are left for further questions.
     """
 
     def __init__(
@@ -29,7 +31,8 @@ class LongBatches:
         seed: int = 0,
         share: float = 0.5,
         work: Long | None = None,
-        split: str = "train",
+        split: Split = "train",
+        room: int = ROOM,
     ) -> None:
         if tokenizer.bos is None:
             raise FormeryError("questions begin with <bos>, which this tokenizer does not have.")
@@ -37,14 +40,14 @@ class LongBatches:
         self.asked = round(share * batch_size)
         self.windows = WindowBatches(ids, length, batch_size - self.asked, seed) if self.asked < batch_size else None
         tasks = Long().tasks if work is None else work.tasks
-        self.work = Long(length - ROOM, tasks, tokenizer=tokenizer, depth=None if work is None else work.depth)
+        self.work = Long(length - room, tasks, tokenizer=tokenizer, depth=None if work is None else work.depth)
 
     def batch(self, step: int) -> dict[str, Tensor]:
         """{"tokens", "answers"}: Int and Bool[Tensor, "batch length+1"]; answers: which tokens answer a question."""
         tokens = [] if self.windows is None else [self.windows.batch(step)["tokens"]]
         answers = [torch.zeros_like(one, dtype=torch.bool) for one in tokens]
         first = step * self.asked
-        asking = self.work.questions(self.split, self.seed, first)  # type: ignore[arg-type]
+        asking = self.work.questions(self.split, self.seed, first)
         for _, question in zip(range(self.asked), asking, strict=False):
             row, due = self.row(question)
             tokens.append(row[None])

@@ -1,6 +1,6 @@
 """A model that uses a long context: 6 layers, 3 M parameters, texts of 192, then 512, then 2,048 tokens.
 
-Half of each batch is prose and code, half texts of the work `long`, whose answers lie anywhere before the question.
+Part of each batch is prose and code, part texts of the work `long`, whose answers lie anywhere before the question.
 """
 
 from dataclasses import replace
@@ -22,13 +22,13 @@ DESCRIPTION = "decoder of 3 M parameters that answers from up to 2,048 tokens ba
 LENGTH = 2048  # tokens that it learns to use; it takes more
 
 # The first stages are left while their learning rate is still high; the last brings it down.
-SHORT = Plan(steps=2400, learning_rate=2e-3, warmup=150, evaluate_every=200, checkpoint_every=50, label="long-192")
+SHORT = Plan(steps=2000, learning_rate=2e-3, warmup=150, evaluate_every=200, checkpoint_every=50, label="long-192")
 MIDDLE = replace(SHORT, steps=1600, learning_rate=1.5e-3, warmup=30, seed=1, label="long-512")
 LAST = replace(
-    SHORT, steps=600, learning_rate=1.2e-3, warmup=20, final_learning_rate_ratio=0.02, evaluate_every=100, seed=2,
+    SHORT, steps=450, learning_rate=1.2e-3, warmup=20, final_learning_rate_ratio=0.02, evaluate_every=100, seed=2,
     label="long-2048",
 )  # fmt: skip
-SHORT_STEPS, MIDDLE_STEPS = 1400, 500
+SHORT_STEPS, MIDDLE_STEPS = 1000, 400
 
 
 def run(out: Path, max_steps: int | None, resume: bool) -> Trained:
@@ -36,7 +36,7 @@ def run(out: Path, max_steps: int | None, resume: bool) -> Trained:
     vocabulary = tokenizer()
     ids, others = (torch.cat((prose(split), code(split))) for split in ("train", "valid"))
     stages = [
-        Stage(SHORT, LongBatches(vocabulary, ids, 192, 32, SHORT.seed), SHORT_STEPS),
+        Stage(SHORT, LongBatches(vocabulary, ids, 192, 32, SHORT.seed, share=0.75, room=96), SHORT_STEPS),
         Stage(MIDDLE, LongBatches(vocabulary, ids, 512, 12, MIDDLE.seed), MIDDLE_STEPS),
         Stage(LAST, LongBatches(vocabulary, ids, LENGTH, 4, LAST.seed), LAST.steps),
     ]
