@@ -2,8 +2,8 @@
 
 Oren, Hassid, Yarden, Adi and Schwartz, "Transformers are Multi-State RNNs", 2024. A decoder is a recurrent network
 whose state grows by a key and a value for each token; with a bound on it, it is an ordinary one. TOVA ("token omission
-via attention") bounds it without training: when a layer holds more than `budget` tokens, the one with the smallest weight
-in the attention of the current query, averaged over the heads, goes. No window and no first tokens are protected.
+via attention") bounds it without training: when a layer holds more than `budget` tokens, the one with the smallest
+weight in the attention of the current query, averaged over the heads, goes. No window, no first token is protected.
 
 The paper reports that this beats window, window with first tokens, and H2O on long-range tasks of 7 B models, nearly on
 par with the whole cache, in some cases with an eighth of it.
