@@ -53,10 +53,8 @@ def test_drafts_and_neighbours_change_nothing(rule: Eviction, budget: int, block
     assert alone == plain
     assert [one.tokens for one in drafted] == plain
     assert 0 < sum(one.accepted for one in drafted) < sum(one.drafted for one in drafted)
-    assert any(one.tokens != whole.tokens for one, whole in zip(
-        generate(limited, PROMPTS, max_new_tokens=14), generate(model("alibi", max_length=30), PROMPTS, max_new_tokens=14),
-        strict=True,
-    ))  # fmt: skip
+    whole = generate(model("alibi", max_length=30), PROMPTS, "greedy", max_new_tokens=14)
+    assert [one.tokens for one in whole] != plain
 
 
 @settings(max_examples=25)
@@ -209,7 +207,7 @@ def test_rows_can_be_taken_and_repeated() -> None:
 
 
 def test_compacted_positions_stay_within_the_budget() -> None:
-    """What is kept stands close together: the first tokens and the latest ones are read as a short text of their own."""
+    """What is kept stands close together: the first tokens and the latest are read as a short text of their own."""
     target = decoder(Rotary(), layers=1)
     limited = bounded(target, Sinks(2), 6, compacted=True)
     text = tokens(1, 20)

@@ -33,6 +33,11 @@ SHORT_STEPS, MIDDLE_STEPS = 1000, 400
 
 def run(out: Path, max_steps: int | None, resume: bool) -> Trained:
     """Trains into `out`."""
+    return on_long_texts(6, 192, 512, out, max_steps, resume)
+
+
+def on_long_texts(layers: int, width: int, hidden: int, out: Path, max_steps: int | None, resume: bool) -> Trained:
+    """Trains a decoder of that size, with 6 heads, into `out`."""
     vocabulary = tokenizer()
     ids, others = (torch.cat((prose(split), code(split))) for split in ("train", "valid"))
     stages = [
@@ -42,7 +47,7 @@ def run(out: Path, max_steps: int | None, resume: bool) -> Trained:
     ]
     held_out = LongBatches(vocabulary, others, 1024, 8, split="valid")
     torch.manual_seed(SHORT.seed)
-    model = language_model(VOCABULARY, width=192, layers=6, heads=6, key_value_heads=6, hidden=512, max_length=8192)
+    model = language_model(VOCABULARY, width, layers, heads=6, key_value_heads=6, hidden=hidden, max_length=8192)
     model.tokenizer = vocabulary
     evaluate = answers_and_text([held_out.batch(step) for step in range(4)])
     result = train_in_stages(model, answering, stages, out, evaluate, max_steps, resume)
