@@ -25,7 +25,7 @@ class Parser(argparse.ArgumentParser):
 def parser() -> Parser:
     """All options."""
     top = Parser(prog="python -m bench", description="Formery timed beside other people's programs.")
-    names = (*WORKS, "drafting", "finding", "pages", "scale", "serving", "plot")
+    names = (*WORKS, "context", "drafting", "finding", "pages", "scale", "serving", "plot")
     commands = top.add_subparsers(dest="command", required=True, metavar="|".join(names))
     for work in WORKS:
         one = commands.add_parser(work, help=f"on {' and '.join(MODELS[work])}")
@@ -48,6 +48,9 @@ def parser() -> Parser:
     scale = commands.add_parser("scale", help="many processes: memory beside what a plan says, and speed")
     scale.add_argument("--json", type=Path, metavar="FILE", help="write machine, rows and versions there")
     scale.add_argument("--quick", action="store_true", help="a few cases, to see that all works")
+    context = commands.add_parser("context", help="long contexts: memory of decode states, and speed")
+    context.add_argument("--json", type=Path, metavar="FILE", help="write machine, rows and versions there")
+    context.add_argument("--quick", action="store_true", help="short contexts, to see that all works")
     serving = commands.add_parser("serving", help="the text of other engines that serve a model of ours")
     serving.add_argument("--converter", type=Path, metavar="DIR", help="llama.cpp's sources; without, it is left out")
     serving.add_argument("--json", type=Path, metavar="FILE", help="write what was found there")
@@ -66,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
 
             plot(asked.results, asked.out)
             return 0
-        if asked.command in ("drafting", "finding", "pages", "scale", "serving"):
+        if asked.command in ("context", "drafting", "finding", "pages", "scale", "serving"):
             measure = importlib.import_module(f"bench.{asked.command}").measure
             return int(measure(asked))
         return _measure(asked)

@@ -223,8 +223,11 @@ class Haystack:
         self.measure = measure
 
     def pieces(self, draw: random.Random, room: int, number: int, even: bool) -> list[str]:
-        """Pieces that go on from one another, of at most `room` tokens together; of like length where `even`."""
-        cuts = [room * (i + 1) // number for i in range(number)]
+        """Pieces that go on from one another, of at most `room` tokens together.
+
+        even: all but the first, which is empty, are of like length.
+        """
+        cuts = [room * i // max(1, number - 1) for i in range(number)]
         if not even:
             cuts = [*sorted(draw.randrange(max(1, room)) for _ in range(number - 1)), room]
         begin = draw.randrange(max(1, len(self.words) - room))
