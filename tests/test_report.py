@@ -40,6 +40,7 @@ def method_row(method: str = "greedy", **changes: Any) -> MethodRow:
         "spread": (1.0, 1.0),
         "accepted_per_call": 0.0,
         "state_bytes": 3_145_728,
+        "state_per_layer_token": 2048.0,
         "guarded": 0,
         "drafting": 0.0,
         "verifying": 0.9,

@@ -1,10 +1,13 @@
 """What a decode state takes, measured from the storage that it holds: in all, for each layer, for each token."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from formery.generate.prompts import Prompt, encoded
+from formery.generate.run import Generation
 from formery.models import Model
 from formery.parts import State
 
@@ -50,3 +53,20 @@ def account(model: Model, length: int, batch: int = 1, seed: int = 0) -> Account
     for piece in tokens.split(CHUNK, 1):
         model.read(piece.to(next(model.parameters()).device), state)
     return Account(batch, length, state.nbytes, layer_bytes(state))
+
+
+def per_layer_and_token(model: Model, prompts: Sequence[Prompt], outputs: Sequence[Generation], batch: int) -> float:
+    """Bytes of decode states, as measured while texts were written, for each layer and each token of their longest row.
+
+    The largest of all batches. Layers are the parts of the model that remember; what an encoder read counts as tokens.
+    """
+    sources = [encoded(model, prompt, number) for number, prompt in enumerate(prompts, 1)]
+    layers = len(model.begin(sources[:1], 1)[0].layers)
+    found = []
+    for first in range(0, len(outputs), batch):
+        rows = list(zip(sources, outputs, strict=True))[first : first + batch]
+        longest = max(
+            (read.shape[-1] if isinstance(read, Tensor) else len(read)) + len(one.tokens) for read, one in rows
+        )
+        found.append(max(one.state_bytes for _, one in rows) / (len(rows) * longest * layers))
+    return max(found)

@@ -11,6 +11,7 @@ from typing import Any
 
 from formery.data.base import Example
 from formery.data.works import work as work_named
+from formery.evidence.accounting import per_layer_and_token
 from formery.evidence.card import trained
 from formery.evidence.measured import Budget, Row, spread
 from formery.evidence.race import Entrant, Laps, fitted, identical, race, seconds_in_calls, speedups
@@ -86,6 +87,8 @@ def unit(budget: Budget, work: str, batch: int, setting: Setting, seed: int) -> 
     common = {"max_new_tokens": budget.max_new_tokens, "seed": seed, "temperature": setting.temperature}
     baseline, laps = race(model, prompts, entrants, budget.rounds, batch, common)
     values: dict[str, Any] = {"speedup": speedups(laps, baseline), **counts(laps, batch)}
+    values["state_bytes"] = max(one.state_bytes for one in laps.outputs)
+    values["state_bytes_per_layer_and_token"] = per_layer_and_token(model, prompts, laps.outputs, batch)
     if setting.temperature == 0:
         values["identical"] = identical(laps.outputs, baseline.outputs)
     if setting.extra is not None:

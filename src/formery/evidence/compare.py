@@ -8,6 +8,7 @@ from typing import Any
 from formery.data.base import Example, Work
 from formery.data.works import work as work_named
 from formery.errors import FormeryError
+from formery.evidence.accounting import per_layer_and_token
 from formery.evidence.machine import machine
 from formery.evidence.measured import Progress, quiet
 from formery.evidence.race import Entrant, Laps, fitted, identical, race, seconds_in_calls, speedups
@@ -26,7 +27,8 @@ class MethodRow:
     quality: the work's metrics, empty where there is nothing to compare with. tokens_per_second: median over
     the rounds. calls_per_token: target calls that rows took part in, over the tokens decided. speedup: its
     rate over greedy's in the same round, median; spread: smallest and largest. state_bytes: the largest
-    decode state. guarded: near ties that were decided apart. drafting, verifying: the shares of the first round's time
+    decode state, measured from its storage; state_per_layer_token: that for each layer and token of its longest row.
+    guarded: near ties that were decided apart. drafting, verifying: the shares of the first round's time
     that guessing and calling the target took; the rest is reading prompts and book-keeping.
     """
 
@@ -38,6 +40,7 @@ class MethodRow:
     calls_per_token: float
     speedup: float
     state_bytes: int
+    state_per_layer_token: float
     spread: tuple[float, float]
     accepted_per_call: float
     guarded: int
@@ -120,7 +123,10 @@ def compare(
         work="given prompts" if known is None else known.name,
         model=label,
         machine=machine(),
-        rows=[_row(name, run, laps[0], known, examples, batch) for name, run in runs.items()],
+        rows=[
+            _row(name, run, laps[0], known, examples, batch, per_layer_and_token(model, prompts, run.outputs, batch))
+            for name, run in runs.items()
+        ],
         outputs=[
             Output(one.name, one.prompt, one.reference, {name: run.outputs[i] for name, run in runs.items()})
             for i, one in enumerate(examples)
@@ -177,7 +183,13 @@ def _examples(model: Model, known: Work[Any] | None, given: Any, limit: int, see
 
 
 def _row(
-    name: str, laps: Laps, baseline: Laps, work: Work[Any] | None, examples: Sequence[Example], batch: int
+    name: str,
+    laps: Laps,
+    baseline: Laps,
+    work: Work[Any] | None,
+    examples: Sequence[Example],
+    batch: int,
+    held: float,
 ) -> MethodRow:
     ratios = speedups(laps, baseline)
     drafting, verifying = seconds_in_calls(laps.outputs, batch)
@@ -190,6 +202,7 @@ def _row(
         calls_per_token=laps.calls / laps.tokens,
         speedup=statistics.median(ratios),
         state_bytes=max(one.state_bytes for one in laps.outputs),
+        state_per_layer_token=held,
         spread=(min(ratios), max(ratios)),
         accepted_per_call=sum(one.accepted for one in laps.outputs) / laps.calls,
         guarded=sum(one.guarded for one in laps.outputs),

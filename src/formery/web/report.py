@@ -107,6 +107,7 @@ def _row(row: "MethodRow") -> dict[str, Any]:
         "accepted": f"{row.accepted_per_call:.2f}" if row.accepted_per_call else "–",
         "drafting": share(row.drafting) if row.accepted_per_call else "–",
         "state": size(row.state_bytes),
+        "held": size(round(row.state_per_layer_token)),
         "quality": [f"{value:.3g}" for value in metrics(row.quality).values()],
     }
 

@@ -28,7 +28,7 @@ LAST = replace(
     SHORT, steps=450, learning_rate=1.2e-3, warmup=20, final_learning_rate_ratio=0.02, evaluate_every=100, seed=2,
     label="long-2048",
 )  # fmt: skip
-SHORT_STEPS, MIDDLE_STEPS = 1000, 400
+SHORT_STEPS, MIDDLE_STEPS = 1000, 250
 
 
 def run(out: Path, max_steps: int | None, resume: bool) -> Trained:
