@@ -1,0 +1,1 @@
+"""Methods that change what is remembered of the text: the keys and values."""
