@@ -19,7 +19,7 @@ from formery.data.works import work
 from formery.evidence.study import grown
 from formery.models import Decoder
 from formery.models.compose import language_model
-from formery.models.key_value_sharing import shared, spaced
+from formery.models.key_value_sharing import shared
 from formery.parts import build
 from formery.train.plan import Plan
 
@@ -31,37 +31,40 @@ STEPS, MORE = 250, 50  # of training from scratch, and of uptraining
 
 @dataclass(frozen=True)
 class Variant:
-    """A decoder of so many `layers`, of which `owners` own keys and values of `key_value_heads` heads each.
+    """A decoder whose layer i attends to the keys and values, of so many heads, of layer owners[i].
 
     heads: of queries, which share the width evenly.
     """
 
     name: str
     key_value_heads: int
-    owners: int = LAYERS
+    owners: tuple[int, ...] = tuple(range(LAYERS))
     heads: int = HEADS
-    layers: int = LAYERS
+
+    @property
+    def entries(self) -> int:
+        """The keys a token, and so the values, that are kept for it in all layers."""
+        return len(set(self.owners)) * self.key_value_heads * WIDTH // self.heads
 
     @property
     def share(self) -> Fraction:
-        """The entries of keys and values a token, of those that the multi-head model has."""
-        return Fraction(self.owners * self.key_value_heads * (WIDTH // self.heads), LAYERS * WIDTH)
+        """The keys and values a token, of those that multi-head attention keeps in all LAYERS."""
+        return Fraction(self.entries, LAYERS * WIDTH)
 
     @property
     def hidden(self) -> int:
-        """The units of a feed-forward that make up for the maps saved: each unit has three rows of weights."""
-        own = self.owners * self.key_value_heads * (WIDTH // self.heads) / self.layers
-        return HIDDEN + round(2 * (WIDTH - own) / 3)
+        """The units of a feed-forward that make up for the maps saved: each has three weights for each of the width."""
+        return HIDDEN + round(2 * (WIDTH - self.entries / len(self.owners)) / 3)
 
     @property
     def key(self) -> str:
         """A name that is the same for equal variants, whatever they are called."""
-        return f"{self.owners}-of-{self.layers}-{self.key_value_heads}-of-{self.heads}"
+        return f"{''.join(map(str, self.owners))}-{self.key_value_heads}-of-{self.heads}"
 
 
 MULTI_HEAD = Variant("MHA", HEADS)
 MULTI_QUERY = Variant("MQA", 1)
-HALF_AS_DEEP = Variant(f"MQA, {LAYERS // 2} layers", 1, LAYERS // 2, layers=LAYERS // 2)
+HALF_AS_DEEP = Variant(f"MQA, {LAYERS // 2} layers", 1, tuple(range(LAYERS // 2)))
 
 
 @cache
@@ -71,13 +74,14 @@ def text(split: Split) -> Int[Tensor, " total"]:
     return torch.frombuffer(bytearray(joined), dtype=torch.uint8)
 
 
-def made(variant: Variant, width: int = WIDTH, hidden: int | None = None) -> Decoder:
-    """A model of that kind with weights drawn anew."""
+def made(variant: Variant, width: int = WIDTH) -> Decoder:
+    """A model of that kind with weights drawn anew; wider, in all but its number of layers and heads, if asked for."""
+    hidden = variant.hidden * width // WIDTH
     model = language_model(
-        BYTES, width, variant.layers, variant.heads, variant.key_value_heads, hidden or variant.hidden, 8 * LENGTH
+        BYTES, width, len(variant.owners), variant.heads, variant.key_value_heads, hidden, 8 * LENGTH
     )
     # A mean of random weights is smaller than they are; what is described is drawn at its own size.
-    drawn = build(shared(model, spaced(variant.layers, variant.owners)).describe())
+    drawn = build(shared(model, variant.owners).describe())
     assert isinstance(drawn, Decoder)
     return drawn
 
@@ -91,7 +95,7 @@ def trained(variant: Variant, seed: int) -> Decoder:
 
 def merged(variant: Variant, seed: int) -> Decoder:
     """The multi-head model of that seed with its keys and values merged, not trained since."""
-    return shared(trained(MULTI_HEAD, seed), spaced(LAYERS, variant.owners), variant.key_value_heads).clone()
+    return shared(trained(MULTI_HEAD, seed), variant.owners, variant.key_value_heads).clone()
 
 
 def uptrained(variant: Variant, seed: int) -> Decoder:

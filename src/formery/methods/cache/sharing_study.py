@@ -29,7 +29,7 @@ from formery.methods.cache.sharing_models import (
 from formery.models import Decoder
 
 HELD_OUT = 16  # batches of 32 windows
-FAST_WIDTH, FAST_HEADS, FAST_ROWS, FAST_LENGTH, FAST_STEPS = 128, 8, 64, 256, 8  # of the models that are timed
+FAST_WIDTH, FAST_ROWS, FAST_LENGTH, FAST_STEPS = 128, 64, 256, 8  # of the models that are timed
 UPTRAINED, MERGED = "{}, uptrained", "{}, merged"
 
 
@@ -130,9 +130,7 @@ def _race(rounds: int, variants: Sequence[Variant], compiled: bool) -> dict[str,
     tokens = torch.randint(BYTES, (FAST_ROWS, FAST_LENGTH + FAST_STEPS), generator=draw)
     running = []
     for one in variants:
-        wide = Variant(one.name, one.key_value_heads * FAST_HEADS // HEADS, one.owners, FAST_HEADS, one.layers)
-        wide = wide if one.key_value_heads > 1 else Variant(one.name, 1, one.owners, FAST_HEADS, one.layers)
-        model = made(wide, FAST_WIDTH, 2 * FAST_WIDTH).eval()
+        model = made(one, FAST_WIDTH).eval()
         model.compiled = "auto" if compiled else False
         state, _ = model.begin([row[:1] for row in tokens], tokens.shape[1])
         for piece in tokens[:, :FAST_LENGTH].split(64, 1):
