@@ -321,7 +321,7 @@ def test_models_that_cannot_be_merged_are_refused() -> None:
         spaced(3, 4)
     with pytest.raises(FormeryError, match="share keys and values already"):
         shared(shared(whole(), MAPS["pairs"]), MAPS["pairs"])
-    with pytest.raises(FormeryError, match="which a EncoderDecoder is not"):
+    with pytest.raises(FormeryError, match="not those of EncoderDecoder"):
         shared(translator(), [0, 0])  # type: ignore[arg-type]
     coded = whole()
     quantise(coded)
