@@ -33,7 +33,9 @@ def shared(model: Decoder, owners: Sequence[int], key_value_heads: int | None = 
     FormeryError where the owners are no such map, or the layers' attentions cannot be merged.
     """
     if not isinstance(model, Decoder):
-        raise FormeryError(f"only the layers of a Decoder can share keys and values, not those of {type(model).__name__}.")
+        raise FormeryError(
+            f"only the layers of a Decoder can share keys and values, not those of {type(model).__name__}."
+        )
     if any(isinstance(part, SharedAttention | OwningAttention) for part in model.modules()):
         raise FormeryError("the layers of this model share keys and values already: begin with the model before that.")
     parts = [part for part in model.layers.modules() if isinstance(part, Attention)]
