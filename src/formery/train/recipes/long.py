@@ -25,7 +25,7 @@ LENGTH = 2048  # tokens that it learns to use; it takes more
 SHORT = Plan(steps=2000, learning_rate=2e-3, warmup=150, evaluate_every=200, checkpoint_every=50, label="long-192")
 MIDDLE = replace(SHORT, steps=1600, learning_rate=1.5e-3, warmup=30, seed=1, label="long-512")
 LAST = replace(
-    SHORT, steps=450, learning_rate=1.2e-3, warmup=20, final_learning_rate_ratio=0.02, evaluate_every=100, seed=2,
+    SHORT, steps=300, learning_rate=1.2e-3, warmup=20, final_learning_rate_ratio=0.02, evaluate_every=100, seed=2,
     label="long-2048",
 )  # fmt: skip
 SHORT_STEPS, MIDDLE_STEPS = 1000, 250
