@@ -1,0 +1,1 @@
+"""Papers that change what a model keeps of the text that it has read."""

@@ -1,0 +1,443 @@
+"""SharedLLM: a model's own lowest layers condense past chunks into trees of keys and values, read by its lowest layers.
+
+Han, Zhou, Poria and Yan, "Two are better than one: Context window extension with multi-grained self-injection", 2024
+(section 3). The lower model, a copy of the first M layers of a short-context decoder, reads each past chunk by itself;
+the upper model is the whole decoder, in whose first M layers a cross-attention follows self-attention and reads the
+lower model's keys and values of the same layer ("self-injection"). A chunk is the root of a binary tree; a node is
+halved into two (eq. 1 without its noise in training). From the root down the child that is more like the query is gone
+into; its sibling is preserved, and of the last pair both. Likeness is the cosine of two vectors after one self-
+attention, at the last token of the node and of the running text. Of a preserved node of level w, read by itself, every
+α_w-th key and value is kept, α_w = 2 α_(w+1): few of much text above, many of little below. Keys of chunk i take the
+position i, queries the position n behind all of them (eq. 2).
+
+Here the query is the running text up to the token at hand, so that each token searches each tree; that is causal, and
+decoding with a cache equals the pass from scratch. It means that the nodes of all levels are remembered, not only those
+that one query preserves. Cross-attention and the lower copy are trained, the upper model is frozen, so that texts
+within its window keep its very logits (the authors, in language modelling, train cross-attention and the upper layers
+above M).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Self
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from formery.errors import FormeryError
+from formery.evidence.checks import criterion, untestable
+from formery.evidence.measured import Budget, Measured
+from formery.evidence.paper import Paper, publish
+from formery.evidence.study import grown
+from formery.methods.cache.beyond_window import (
+    SETTING,
+    beyond_criteria,
+    by_seed,
+    contend,
+    contender,
+    departure,
+    differences,
+    held,
+    kept_exact,
+    moved,
+    of_the_end,
+    rivals,
+    rows,
+    timed,
+)
+from formery.methods.cache.short_window import WINDOW, base, longer, own
+from formery.models import Decoder
+from formery.models.beyond import Beyond, Seen
+from formery.parts import Attention, Context, Described, Linear, Part, Position, RMSNorm, Visibility, attend
+from formery.parts.chunks import Kept
+from formery.parts.steered import among, attends, merged, placed, projected, steerable, sublayers, through
+
+CHUNK, DEPTH = 64, 2  # tokens of a chunk; layers that are injected into
+
+
+class Grain(Described):
+    """What of a chunk is kept: nodes, pieces of one length at each level, and every so-manieth token of each."""
+
+    @property
+    def levels(self) -> Sequence[tuple[int, int]]:
+        """For each level of nodes: how many there are, and of how many tokens one is kept."""
+        raise NotImplementedError
+
+    def preserved(self, likeness: Float[Tensor, "*rest node"]) -> Bool[Tensor, "*rest node"]:
+        """Which nodes, level by level, are read where they are so much like the query."""
+        raise NotImplementedError
+
+    def kept(self, chunk: int) -> list[int]:
+        """For each level, how many entries a node keeps; raises FormeryError where the chunk does not divide so."""
+        for nodes, ratio in self.levels:
+            if chunk % (nodes * ratio):
+                raise FormeryError(
+                    f"a chunk of {chunk} tokens does not divide into {nodes} nodes that keep 1 of {ratio}."
+                )
+        return [chunk // (nodes * ratio) for nodes, ratio in self.levels]
+
+
+@dataclass(frozen=True)
+class Tree(Grain):
+    """A binary tree of `height` levels below the chunk; of a leaf every `finest`-th token is kept."""
+
+    height: int = 3
+    finest: int = 4
+
+    @property
+    def levels(self) -> Sequence[tuple[int, int]]:
+        return [(2**level, self.finest * 2 ** (self.height - level)) for level in range(1, self.height + 1)]
+
+    def preserved(self, likeness: Float[Tensor, "*rest node"]) -> Bool[Tensor, "*rest node"]:
+        preserved = torch.zeros_like(likeness, dtype=torch.bool)
+        left = torch.zeros_like(likeness[..., :1], dtype=torch.long)  # the first of the pair that is looked at
+        for level in range(1, self.height + 1):
+            pair = likeness.gather(-1, torch.cat((left, left + 1), -1))
+            right = self.goes_right(pair)
+            if level == self.height:
+                preserved = preserved.scatter(-1, left, True).scatter(-1, left + 1, True)
+                break
+            preserved = preserved.scatter(-1, left + (~right).long(), True)
+            # Levels lie one behind the other; the pair below node i of a level is 2 i, 2 i + 1 of the next.
+            place = left + right.long() - (2**level - 2)
+            left = 2 ** (level + 1) - 2 + 2 * place
+        return preserved
+
+    def goes_right(self, likeness: Float[Tensor, "*rest 2"]) -> Bool[Tensor, "*rest 1"]:
+        """Whether the right one of a pair is gone into."""
+        return likeness[..., 1:] >= likeness[..., :1]
+
+
+@dataclass(frozen=True)
+class BlindTree(Tree):
+    """As Tree, but the right one is always gone into: what stands nearest to the running text."""
+
+    def goes_right(self, likeness: Float[Tensor, "*rest 2"]) -> Bool[Tensor, "*rest 1"]:
+        return torch.ones_like(likeness[..., :1], dtype=torch.bool)
+
+
+@dataclass(frozen=True)
+class Even(Grain):
+    """No tree: every `ratio`-th token of the chunk."""
+
+    ratio: int = 8
+
+    @property
+    def levels(self) -> Sequence[tuple[int, int]]:
+        return [(1, self.ratio)]
+
+    def preserved(self, likeness: Float[Tensor, "*rest node"]) -> Bool[Tensor, "*rest node"]:
+        return torch.ones_like(likeness, dtype=torch.bool)
+
+
+TREE = Tree()
+
+
+class Crossing(Part):
+    """Cross-attention over keys and values that were made elsewhere: a norm, a query map and an output map.
+
+    The output map is zero at first. The arguments are as those of the attention that it follows.
+    """
+
+    def __init__(
+        self, width: int, heads: int, key_value_heads: int, dim: int, position: Position, scale: float | None = None
+    ):
+        super().__init__()
+        self.width, self.heads, self.key_value_heads, self.dim = width, heads, key_value_heads, dim
+        self.position, self.scale = position, scale
+        self.norm = RMSNorm(width)
+        self.query = Linear(width, heads * dim)
+        self.output = Linear(heads * dim, width)
+        nn.init.zeros_(self.output.weight)
+
+    def forward(
+        self,
+        hidden: Float[Tensor, "batch time width"],
+        keys: Float[Tensor, "batch slot group dim"],
+        values: Float[Tensor, "batch slot group dim"],
+        places: Int[Tensor, "slot"],
+        place: int,
+        allowed: Bool[Tensor, "batch time slot"],
+    ) -> Float[Tensor, "batch time width"]:
+        """What is added to `hidden`. places: the positions of the keys; place: that of all queries."""
+        batch, time, _ = hidden.shape
+        query = self.query(self.norm(hidden)).view(batch, time, self.heads, self.dim)
+        query = self.position.rotate(query, Context(torch.full((1, time), place, device=hidden.device)))
+        keys = self.position.rotate(keys, Context(places[None]))
+        heads = (query.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2))
+        mixed = attend(*heads, Visibility(allowed[:, None]), scale=self.scale)
+        made: Tensor = self.output(mixed.transpose(1, 2).flatten(-2))
+        return made
+
+
+@dataclass
+class Condensed(Seen):
+    """Of the past: for each layer that is injected into, keys and values of all nodes; vectors of the nodes.
+
+    Entries lie chunk by chunk, in it level by level and node by node.
+    """
+
+    entries: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    vectors: Float[Tensor, "batch chunk node width"] | None = None
+
+    def cut(self, length: int) -> Self:
+        return type(self)(self.start, self.near.cut(length), self.entries, self.vectors)
+
+    def tensors(self) -> list[Tensor]:
+        found = [*self.near.tensors(), *(one for pair in self.entries for one in pair)]
+        return found if self.vectors is None else [*found, self.vectors]
+
+
+class SharedLLM(Beyond):
+    """lower: the layers that condense. crossings: the cross-attention of each of the decoder's lowest layers."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        window: int,
+        chunk: int,
+        grain: Grain,
+        lower: Sequence[Part],
+        crossings: Sequence[Crossing],
+    ):
+        super().__init__(decoder, window, chunk, near=window // max(1, chunk))
+        self.grain, self.lower, self.crossings = grain, nn.ModuleList(lower), nn.ModuleList(crossings)
+        if not 0 < len(lower) == len(crossings) <= len(decoder.layers):
+            raise FormeryError(f"{len(lower)} lower layers, {len(crossings)} crossings: give as many, 1 or more.")
+        self.kept = grain.kept(chunk)
+        steerable(self.lower)
+
+    def opened(self, past: Int[Tensor, "batch past"], seen: Seen | None) -> Condensed:
+        batch, number = len(past), past.shape[1] // self.chunk
+        known, entries, vectors = 0, [], None
+        if isinstance(seen, Condensed) and seen.vectors is not None:
+            # What was taken back may have left more chunks than are past now.
+            known = min(number, seen.start // self.chunk)
+            slots = known * self.slots
+            entries, vectors = [(k[:, :slots], v[:, :slots]) for k, v in seen.entries], seen.vectors[:, :known]
+        if known < number:
+            new, fresh = self.condensed(past[:, known * self.chunk :].reshape(-1, self.chunk), batch)
+            pairs = zip(entries, new, strict=True)
+            entries = (
+                [(torch.cat((k, key), 1), torch.cat((v, value), 1)) for (k, v), (key, value) in pairs] if known else new
+            )
+            vectors = fresh if vectors is None else torch.cat((vectors, fresh), 1)
+        return Condensed(past.shape[1], Kept(), entries, vectors)
+
+    def condensed(
+        self, chunks: Int[Tensor, "rows chunk"], batch: int
+    ) -> tuple[list[tuple[Tensor, Tensor]], Float[Tensor, "batch chunk node width"]]:
+        """What the lower layers make of chunks, all nodes of each; as in Condensed."""
+        levels = []
+        for nodes, ratio in self.grain.levels:
+            levels.append(self._nodes(chunks.reshape(len(chunks) * nodes, -1), ratio, len(chunks)))
+        entries = []
+        for layer in range(len(self.lower)):
+            keys, values = (torch.cat([pairs[layer][i] for pairs, _ in levels], 1) for i in (0, 1))
+            entries.append((keys.reshape(batch, -1, *keys.shape[2:]), values.reshape(batch, -1, *values.shape[2:])))
+        vectors = torch.cat([one for _, one in levels], 1)
+        return entries, vectors.reshape(batch, -1, *vectors.shape[1:])
+
+    def _nodes(
+        self, tokens: Int[Tensor, "nodes time"], ratio: int, chunks: int
+    ) -> tuple[list[tuple[Tensor, Tensor]], Float[Tensor, "chunks node width"]]:
+        """Of the nodes of one level, for each layer the keys (not turned) and values that are kept; their vectors."""
+        found: list[tuple[Tensor, Tensor]] = []
+        at = torch.arange(tokens.shape[1], device=tokens.device)[None]
+        context = Context(at)
+
+        def mix(attention: Attention, hidden: Tensor) -> Tensor:
+            query, key, value = projected(attention, hidden)
+            kept = [one[:, ratio - 1 :: ratio].reshape(chunks, -1, *one.shape[2:]) for one in (key, value)]
+            found.append((kept[0], kept[1]))
+            query, key = placed(attention, query, at), placed(attention, key, at)
+            return merged(attention, among(attention, query, key, value))
+
+        hidden, vectors = self.embedding(tokens, context), None
+        for layer in self.lower:
+            for part in sublayers(layer):
+                hidden = through(part, hidden, context, mix)
+                if vectors is None and attends(part):
+                    vectors = hidden[:, -1].detach()
+        assert vectors is not None
+        return found, vectors.reshape(chunks, -1, vectors.shape[-1])
+
+    def advance(self, seen: Seen, tokens: Int[Tensor, "batch time"]) -> Float[Tensor, "batch time width"]:
+        assert isinstance(seen, Condensed)
+        first = seen.near.length
+        at = torch.arange(first, first + tokens.shape[1], device=tokens.device)[None]
+        context = Context(at)
+
+        def mix(attention: Attention, hidden: Tensor) -> Tensor:
+            query, key, value = projected(attention, hidden)
+            keys, values = seen.near.append(attention, placed(attention, key, at), value)
+            return merged(attention, among(attention, placed(attention, query, at), keys, values))
+
+        hidden, allowed = self.embedding(tokens, context), None
+        number = seen.start // self.chunk
+        places = torch.arange(number, device=tokens.device).repeat_interleave(self.slots)
+        for depth, layer in enumerate(self.decoder.layers):
+            for part in sublayers(layer):
+                hidden = through(part, hidden, context, mix)
+                if number and depth < len(self.crossings) and attends(part):
+                    allowed = self.searched(hidden, seen) if allowed is None else allowed
+                    hidden = hidden + self.crossings[depth](hidden, *seen.entries[depth], places, number, allowed)
+        return hidden if self.norm is None else self.norm(hidden)
+
+    @property
+    def slots(self) -> int:
+        """How many entries are remembered of a chunk."""
+        return sum(nodes * kept for (nodes, _), kept in zip(self.grain.levels, self.kept, strict=True))
+
+    @torch.no_grad()
+    def searched(self, hidden: Float[Tensor, "batch time width"], seen: Condensed) -> Bool[Tensor, "batch time slot"]:
+        """Which entries each token reads; hidden: after its first self-attention."""
+        assert seen.vectors is not None
+        unit = nn.functional.normalize
+        likeness = torch.einsum("btw,bcnw->btcn", unit(hidden, dim=-1), unit(seen.vectors, dim=-1))
+        preserved = self.grain.preserved(likeness)
+        times = [kept for (nodes, _), kept in zip(self.grain.levels, self.kept, strict=True) for _ in range(nodes)]
+        return preserved.repeat_interleave(torch.tensor(times, device=hidden.device), -1).flatten(-2)
+
+
+def shared(decoder: Decoder, window: int, chunk: int, depth: int, grain: Grain) -> SharedLLM:
+    """The decoder within a SharedLLM whose lower model, and query maps, begin as copies of its first `depth` layers."""
+    attentions = steerable(decoder.layers)
+    if not 1 <= depth <= len(attentions):
+        raise FormeryError(f"{depth} layers cannot be injected into: the decoder has {len(attentions)}.")
+    crossings = []
+    for attention in attentions[:depth]:
+        settings = (attention.width, attention.heads, attention.groups, attention.dim, attention.position)
+        crossing = Crossing(*settings, attention.scale)
+        with torch.no_grad():
+            crossing.query.weight.copy_(attention.query.weight)
+        crossings.append(crossing)
+    lower = [layer.clone() for layer in list(decoder.layers)[:depth]]
+    decoder.requires_grad_(False)
+    model = SharedLLM(decoder, window, chunk, grain, lower, crossings)
+    model.lower.requires_grad_()
+    return model
+
+
+@cache
+def trained(seed: int, depth: int = DEPTH, grain: Grain = TREE) -> SharedLLM:
+    """The base within a SharedLLM, trained on texts of 4 windows."""
+    made = grown(
+        f"sharedllm-{type(grain).__name__.lower()}-{depth}",
+        lambda: shared(own(base()), WINDOW, CHUNK, depth, grain),
+        *longer(seed),
+        of_the_end,
+    )
+    made.tokenizer = base().tokenizer
+    return made
+
+
+VARIANTS: dict[str, Callable[[int], SharedLLM]] = {
+    "SharedLLM": trained,
+    "no tree": lambda seed: trained(seed, grain=Even(8)),
+    "blind to the query": lambda seed: trained(seed, grain=BlindTree()),
+    "into 1 layer": lambda seed: trained(seed, depth=1),
+    "into all layers": lambda seed: trained(seed, depth=4),
+}
+
+
+def measured(seed: int) -> dict[str, float]:
+    """All numbers of one seed; variants in 4 and 16 windows only."""
+    own_, *others = [contender(name, model(seed)) for name, model in VARIANTS.items()]
+    contenders = [own_, *rivals(seed)]
+    found = contend(contenders, seed) | contend(others, seed, (4, 16)) | held(contenders) | held(others, (16,))
+    return found | {"departure": departure(trained(seed), seed), "moved": moved(trained(seed))}
+
+
+def check(budget: Budget) -> Measured:
+    """Recall behind the window and loss by context, against what is usual, a smaller model, and its own variants."""
+    budget.units.expect(len(budget.seeds) + 1)
+    found = by_seed(budget, measured, "trained and measured")
+    contenders = [contender("SharedLLM", trained(0)), *rivals(0)]
+    times = budget.units.measure("times", lambda: timed(contenders, budget.rounds))
+
+    def over(what: str, other: str, factor: int) -> list[float]:
+        return differences(found, what, "SharedLLM", other, factor)
+
+    pairs = zip(found["bytes, SharedLLM, 16"], found["bytes, interpolation, 16"], strict=True)
+    return Measured(
+        [
+            *kept_exact(found),
+            *beyond_criteria(over),
+            criterion(
+                "bytes",
+                "after 16 windows its decode state takes at most a third of a full cache's bytes",
+                [one / whole for one, whole in pairs],
+                "<=",
+                1 / 3,
+            ),
+            criterion(
+                "tree",
+                "in 4 windows it answers a larger share than with every eighth token of a chunk, without a tree",
+                over("answered", "no tree", 4),
+                ">",
+                0.0,
+            ),
+            criterion(
+                "query",
+                "in 4 windows it answers a larger share than when it always goes into the nearer half",
+                over("answered", "blind to the query", 4),
+                ">",
+                0.0,
+            ),
+            criterion(
+                "depth",
+                "with 4 windows of prose in sight, injection into 2 layers costs at most 0.01 nats more than into all "
+                "4",
+                over("loss", "into all layers", 4),
+                "<=",
+                0.01,
+            ),
+            untestable(
+                "benchmarks",
+                "with LLaMA-2 7B, trained on 8,000 tokens, it is ahead of streaming and encoder-decoder methods at "
+                "128,000",
+                ">",
+                0.0,
+                "needs that model, 20 billion tokens to train on and a graphics card",
+                essential=True,
+            ),
+        ],
+        rows({**found, **times}),
+        baseline="the same decoder on the last window of the text",
+        notes=[
+            *SETTING,
+            f"Trees: chunks of {CHUNK} tokens, three levels that keep 1 of 16, 8 and 4; a token reads 8 entries of a "
+            f"chunk. Entries of all nodes, 28 of a chunk, are remembered, since the next token may search otherwise.",
+            "Each token is compared with all nodes, and its attention reads all entries under a mask: a core does not "
+            "gain from those that it does not need.",
+        ],
+    )
+
+
+PAPER = publish(
+    Paper(
+        slug="sharedllm",
+        title="Two are better than one: Context window extension with multi-grained self-injection",
+        year=2024,
+        part="cache",
+        domain="language",
+        does="Extends a language model's context cheaply: its own first layers compress past chunks into a tree of "
+        "coarse and fine keys and values, and the whole model reads those that the question needs.",
+        claims="Reads far beyond its trained window with little data and computation, and fast.",
+        needs="LLaMA-2 or LLaMA-3 and long documents.",
+        check=check,
+        works=("long",),
+        name="SharedLLM",
+        training="added",
+        sought="extend context window of an existing LLM; compress past context; long document question answering",
+        related={
+            "focusllm": "long text in chunks",
+            "masformer": "long context at low cost",
+            "block-transformer": "coarse and fine",
+        },
+        added="2026-11-28",
+    )
+)
