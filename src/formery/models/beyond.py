@@ -10,7 +10,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from formery.errors import FormeryError
-from formery.models.conventions import Conventions
 from formery.models.decoder import Decoder
 from formery.parts import Context, Embedding, Part, Slots, State
 from formery.parts.attention import Attention
@@ -109,7 +108,7 @@ class Beyond(Decoder):
             raise FormeryError(f"the decoder takes {decoder.max_length} tokens, fewer than the window of {window}.")
         self.decoder, self.window, self.chunk, self.near = decoder, window, chunk, near
         self.max_length = None
-        self.tokenizer, self.conventions = decoder.tokenizer, Conventions()
+        self.tokenizer, self.conventions = decoder.tokenizer, decoder.conventions
         self.origin = None
         self.compiled = decoder.compiled
         steerable(decoder.layers)

@@ -7,7 +7,7 @@ questions are asked about facts that lie behind the window, in texts of as many 
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import islice
 from typing import Any
 
@@ -296,6 +296,6 @@ def by_seed(budget: Budget, measure: Callable[[int], Mapping[str, float]], name:
     """What `measure` finds, a value for each seed."""
     found: dict[str, list[float]] = {}
     for seed in budget.seeds:
-        for key, value in budget.units.measure(f"{name}, seed {seed}", lambda seed=seed: measure(seed)).items():
+        for key, value in budget.units.measure(f"{name}, seed {seed}", partial(measure, seed)).items():
             found.setdefault(key, []).append(value)
     return found

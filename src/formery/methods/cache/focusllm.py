@@ -44,7 +44,7 @@ from formery.methods.cache.beyond_window import (
     rows,
     timed,
 )
-from formery.methods.cache.short_window import LONG, ROWS, WINDOW, Cut, base, own
+from formery.methods.cache.short_window import LONG, ROWS, WINDOW, Cut, base, own, repeated
 from formery.models import Decoder
 from formery.models.beyond import Beyond, Seen
 from formery.parts import Attention
@@ -164,14 +164,6 @@ def focused(decoder: Decoder, window: int, chunk: int) -> FocusLLM:
     model = FocusLLM(decoder, window, chunk, candidates)
     decoder.requires_grad_(False)
     return model
-
-
-def repeated(tokens: Int[Tensor, "batch window"], past: int, near: int, step: int) -> Int[Tensor, "batch window"]:
-    """The first `past` tokens of each text, and behind them `near + 1` tokens that stand in them; drawn by step."""
-    draw = torch.Generator().manual_seed(step)
-    begins = torch.randint(past - near, (len(tokens), 1), generator=draw)
-    piece = tokens.gather(1, begins + torch.arange(near + 1))
-    return torch.cat((tokens[:, :past], piece), 1)
 
 
 def continuation_and_repetition(model: nn.Module, batch: Batch) -> Float[Tensor, ""]:

@@ -20,7 +20,7 @@ above M).
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Self
+from typing import Self, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -50,126 +50,13 @@ from formery.methods.cache.beyond_window import (
 from formery.methods.cache.short_window import WINDOW, base, longer, own
 from formery.models import Decoder
 from formery.models.beyond import Beyond, Seen
-from formery.parts import Attention, Context, Described, Linear, Part, Position, RMSNorm, Visibility, attend
+from formery.parts import Attention, Context, Part
 from formery.parts.chunks import Kept
+from formery.parts.crossing import Crossing
+from formery.parts.grain import BlindTree, Even, Grain, Tree
 from formery.parts.steered import among, attends, merged, placed, projected, steerable, sublayers, through
 
-CHUNK, DEPTH = 64, 2  # tokens of a chunk; layers that are injected into
-
-
-class Grain(Described):
-    """What of a chunk is kept: nodes, pieces of one length at each level, and every so-manieth token of each."""
-
-    @property
-    def levels(self) -> Sequence[tuple[int, int]]:
-        """For each level of nodes: how many there are, and of how many tokens one is kept."""
-        raise NotImplementedError
-
-    def preserved(self, likeness: Float[Tensor, "*rest node"]) -> Bool[Tensor, "*rest node"]:
-        """Which nodes, level by level, are read where they are so much like the query."""
-        raise NotImplementedError
-
-    def kept(self, chunk: int) -> list[int]:
-        """For each level, how many entries a node keeps; raises FormeryError where the chunk does not divide so."""
-        for nodes, ratio in self.levels:
-            if chunk % (nodes * ratio):
-                raise FormeryError(
-                    f"a chunk of {chunk} tokens does not divide into {nodes} nodes that keep 1 of {ratio}."
-                )
-        return [chunk // (nodes * ratio) for nodes, ratio in self.levels]
-
-
-@dataclass(frozen=True)
-class Tree(Grain):
-    """A binary tree of `height` levels below the chunk; of a leaf every `finest`-th token is kept."""
-
-    height: int = 3
-    finest: int = 4
-
-    @property
-    def levels(self) -> Sequence[tuple[int, int]]:
-        return [(2**level, self.finest * 2 ** (self.height - level)) for level in range(1, self.height + 1)]
-
-    def preserved(self, likeness: Float[Tensor, "*rest node"]) -> Bool[Tensor, "*rest node"]:
-        preserved = torch.zeros_like(likeness, dtype=torch.bool)
-        left = torch.zeros_like(likeness[..., :1], dtype=torch.long)  # the first of the pair that is looked at
-        for level in range(1, self.height + 1):
-            pair = likeness.gather(-1, torch.cat((left, left + 1), -1))
-            right = self.goes_right(pair)
-            if level == self.height:
-                preserved = preserved.scatter(-1, left, True).scatter(-1, left + 1, True)
-                break
-            preserved = preserved.scatter(-1, left + (~right).long(), True)
-            # Levels lie one behind the other; the pair below node i of a level is 2 i, 2 i + 1 of the next.
-            place = left + right.long() - (2**level - 2)
-            left = 2 ** (level + 1) - 2 + 2 * place
-        return preserved
-
-    def goes_right(self, likeness: Float[Tensor, "*rest 2"]) -> Bool[Tensor, "*rest 1"]:
-        """Whether the right one of a pair is gone into."""
-        return likeness[..., 1:] >= likeness[..., :1]
-
-
-@dataclass(frozen=True)
-class BlindTree(Tree):
-    """As Tree, but the right one is always gone into: what stands nearest to the running text."""
-
-    def goes_right(self, likeness: Float[Tensor, "*rest 2"]) -> Bool[Tensor, "*rest 1"]:
-        return torch.ones_like(likeness[..., :1], dtype=torch.bool)
-
-
-@dataclass(frozen=True)
-class Even(Grain):
-    """No tree: every `ratio`-th token of the chunk."""
-
-    ratio: int = 8
-
-    @property
-    def levels(self) -> Sequence[tuple[int, int]]:
-        return [(1, self.ratio)]
-
-    def preserved(self, likeness: Float[Tensor, "*rest node"]) -> Bool[Tensor, "*rest node"]:
-        return torch.ones_like(likeness, dtype=torch.bool)
-
-
-TREE = Tree()
-
-
-class Crossing(Part):
-    """Cross-attention over keys and values that were made elsewhere: a norm, a query map and an output map.
-
-    The output map is zero at first. The arguments are as those of the attention that it follows.
-    """
-
-    def __init__(
-        self, width: int, heads: int, key_value_heads: int, dim: int, position: Position, scale: float | None = None
-    ):
-        super().__init__()
-        self.width, self.heads, self.key_value_heads, self.dim = width, heads, key_value_heads, dim
-        self.position, self.scale = position, scale
-        self.norm = RMSNorm(width)
-        self.query = Linear(width, heads * dim)
-        self.output = Linear(heads * dim, width)
-        nn.init.zeros_(self.output.weight)
-
-    def forward(
-        self,
-        hidden: Float[Tensor, "batch time width"],
-        keys: Float[Tensor, "batch slot group dim"],
-        values: Float[Tensor, "batch slot group dim"],
-        places: Int[Tensor, "slot"],
-        place: int,
-        allowed: Bool[Tensor, "batch time slot"],
-    ) -> Float[Tensor, "batch time width"]:
-        """What is added to `hidden`. places: the positions of the keys; place: that of all queries."""
-        batch, time, _ = hidden.shape
-        query = self.query(self.norm(hidden)).view(batch, time, self.heads, self.dim)
-        query = self.position.rotate(query, Context(torch.full((1, time), place, device=hidden.device)))
-        keys = self.position.rotate(keys, Context(places[None]))
-        heads = (query.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2))
-        mixed = attend(*heads, Visibility(allowed[:, None]), scale=self.scale)
-        made: Tensor = self.output(mixed.transpose(1, 2).flatten(-2))
-        return made
+CHUNK, DEPTH, TREE = 64, 2, Tree()  # tokens of a chunk; layers that are injected into; what is kept
 
 
 @dataclass
@@ -309,16 +196,12 @@ def shared(decoder: Decoder, window: int, chunk: int, depth: int, grain: Grain) 
         raise FormeryError(f"{depth} layers cannot be injected into: the decoder has {len(attentions)}.")
     crossings = []
     for attention in attentions[:depth]:
-        settings = (attention.width, attention.heads, attention.groups, attention.dim, attention.position)
-        crossing = Crossing(*settings, attention.scale)
-        with torch.no_grad():
-            crossing.query.weight.copy_(attention.query.weight)
-        crossings.append(crossing)
-    lower = [layer.clone() for layer in list(decoder.layers)[:depth]]
+        query, position = attention.query.clone(), attention.position
+        assert position is not None
+        crossings.append(Crossing(query, attention.heads, attention.groups, position, attention.scale))
+    lower = [cast(Part, layer).clone() for layer in list(decoder.layers)[:depth]]
     decoder.requires_grad_(False)
-    model = SharedLLM(decoder, window, chunk, grain, lower, crossings)
-    model.lower.requires_grad_()
-    return model
+    return SharedLLM(decoder, window, chunk, grain, lower, crossings)
 
 
 @cache

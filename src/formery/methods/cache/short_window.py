@@ -7,7 +7,10 @@ from dataclasses import replace
 from functools import cache
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
+from formery.data.base import Split
 from formery.data.long import Long
 from formery.data.long_batches import LongBatches
 from formery.data.long_text import VOCABULARY, prose, tokenizer
@@ -23,23 +26,42 @@ WINDOW = 128
 FULL = 144  # rows of questions are made of that many tokens at least; what lies behind the window is cut off
 FACTOR = 4  # times the window, that a full cache is trained on
 ROWS = 8  # of a batch of longer texts
-SHORT = Plan(steps=1400, learning_rate=6e-3, warmup=50, final_learning_rate_ratio=0.05, label="a window of 128")
+SHORT = Plan(steps=1200, learning_rate=5e-3, warmup=50, final_learning_rate_ratio=0.05, label="a window of 128")
 LONG = Plan(steps=150, learning_rate=1.5e-3, warmup=10, final_learning_rate_ratio=0.05, label="longer texts")
 
 
 class Cut:
-    """Rows of text and questions of at least 144 tokens, of which the first `length` are read."""
+    """Rows of text and of questions, the first `length` tokens of longer ones where they are shorter than 144.
 
-    def __init__(self, length: int, rows: int, seed: int = 0, split: str = "train"):
+    share: of the rows that hold questions. repeating: of the others half say a piece of themselves again at their end,
+    which teaches a small model soon to look for what was said.
+    """
+
+    def __init__(
+        self, length: int, rows: int, seed: int = 0, share: float = 0.5, repeating: bool = False, split: Split = "train"
+    ):
         work = Long(tasks=("recall",), tokenizer=tokenizer())
-        text = prose(split)  # type: ignore[arg-type]
-        self.length, self.rows, self.seed, self.split = length, rows, seed, split
-        self.inner = LongBatches(tokenizer(), text, max(FULL, length), rows, seed, work=work, split=split)
+        self.length, self.rows, self.seed, self.share = length, rows, seed, share
+        self.repeating, self.split = repeating, split
+        self.inner = LongBatches(tokenizer(), prose(split), max(FULL, length), rows, seed, share, work, split)
 
     def batch(self, step: int) -> Batch:
         """As of LongBatches, and the number of the batch as "step"."""
         cut = {name: one[:, : self.length + 1] for name, one in self.inner.batch(step).items()}
+        if self.repeating:
+            half = (self.rows - self.inner.asked) // 2
+            near = 3 * self.length // 8
+            again = repeated(cut["tokens"][:half], self.length - near, near, step)
+            cut["tokens"] = torch.cat((again, cut["tokens"][half:]))
         return {**cut, "step": torch.tensor(step)}
+
+
+def repeated(tokens: Int[Tensor, "batch window"], past: int, near: int, step: int) -> Int[Tensor, "batch window"]:
+    """The first `past` tokens of each text, and behind them `near + 1` tokens that stand in them; drawn by step."""
+    draw = torch.Generator().manual_seed(step)
+    begins = torch.randint(past - near, (len(tokens), 1), generator=draw)
+    piece = tokens.gather(1, begins + torch.arange(near + 1))
+    return torch.cat((tokens[:, :past], piece), 1)
 
 
 def small(layers: int = 4, heads: int = 2, key_value_heads: int = 2) -> Decoder:
@@ -56,14 +78,14 @@ def frugal() -> Decoder:
 
 @cache
 def base() -> Decoder:
-    """The model that has never seen more than its window."""
-    return grown("window-128", small, Cut(WINDOW, 16), SHORT, answering)
+    """The model that has never seen more than its window: prose, half of it with repeated pieces, and questions."""
+    return grown("window-128", small, Cut(WINDOW, 16, share=0.75, repeating=True), SHORT, answering)
 
 
 @cache
 def frugal_base() -> Decoder:
     """The frugal one after as many steps."""
-    return grown("window-128-frugal", frugal, Cut(WINDOW, 16), SHORT, answering)
+    return grown("window-128-frugal", frugal, Cut(WINDOW, 16, share=0.75, repeating=True), SHORT, answering)
 
 
 def own(model: Decoder) -> Decoder:
