@@ -3,12 +3,13 @@
 import pytest
 import torch
 from beyond import WINDOW, base, share
-from torch import Tensor, nn
+from torch import Tensor
 
 from formery.errors import FormeryError
 from formery.evidence.accounting import account
 from formery.methods.cache.sharedllm import SharedLLM, shared
 from formery.parts import Attention, Context
+from formery.parts.condenser import Condenser
 from formery.parts.grain import BlindTree, Even, Grain, Tree
 from formery.parts.steered import attends, merged, placed, projected, sublayers, through
 
@@ -34,7 +35,7 @@ def encoded(model: SharedLLM, tokens: Tensor, ratio: int) -> tuple[list[tuple[Te
         return causal(attention, placed(attention, query, at), placed(attention, key, at), value)
 
     hidden, vector = model.embedding(tokens[None], Context(at)), torch.empty(0)
-    for depth, layer in enumerate(model.lower):
+    for depth, layer in enumerate(model.lower.layers):
         for part in sublayers(layer):
             hidden = through(part, hidden, Context(at), mix)
             vector = hidden[0, -1] if depth == 0 and attends(part) else vector
@@ -43,7 +44,7 @@ def encoded(model: SharedLLM, tokens: Tensor, ratio: int) -> tuple[list[tuple[Te
 
 def gone_down(model: SharedLLM, chunk: Tensor, query: Tensor) -> list[list[tuple[Tensor, Tensor]]]:
     """What is kept of the nodes of a chunk that are preserved for this query."""
-    grain = model.grain
+    grain = model.lower.grain
     if isinstance(grain, Even):
         return [encoded(model, chunk, grain.ratio)[0]]
     assert isinstance(grain, Tree)
@@ -129,13 +130,13 @@ def test_at_first_it_is_a_window_that_slides() -> None:
     with torch.no_grad():
         start = model.chunks.start(39)
         torch.testing.assert_close(model(tokens)[:, -1], inner(tokens[:, start:])[:, -1])
-    for own, copied in zip(inner.layers[0].parameters(), model.lower[0].parameters(), strict=True):
+    for own, copied in zip(inner.layers[0].parameters(), model.lower.layers[0].parameters(), strict=True):
         assert torch.equal(own, copied) and own is not copied
 
 
 def test_of_the_past_the_state_holds_all_nodes_of_the_lowest_layers() -> None:
     model = share(Tree(2, 2), depth=2)
-    entries = 2 * 2 * model.slots * 2 * 8 * 4  # layers; keys, values; entries; heads; width of a head; bytes
+    entries = 2 * 2 * model.lower.slots * 2 * 8 * 4  # layers; keys, values; entries; heads; width of a head; bytes
     vectors, tokens = 6 * 32 * 4, 8 * 8
     # From 24 to 32 tokens one chunk becomes past; as many are near as before.
     grown = account(model, 32).layers[0] - account(model, 24).layers[0]
@@ -152,4 +153,4 @@ def test_chunks_that_do_not_divide_are_refused() -> None:
     with pytest.raises(FormeryError, match="does not divide into"):
         shared(base(), WINDOW, 8, 1, Tree(3, 4))
     with pytest.raises(FormeryError, match="0 lower layers"):
-        SharedLLM(base(), WINDOW, 8, Even(2), nn.ModuleList(), nn.ModuleList())  # type: ignore[arg-type]
+        SharedLLM(base(), WINDOW, Condenser([], Even(2), 8), [])

@@ -185,6 +185,7 @@ def trained(seed: int) -> FocusLLM:
         Cut(TRAINED * WINDOW, ROWS, seed),
         replace(LONG, seed=seed),
         continuation_and_repetition,
+        sources=(base, of_the_end),
     )
     made.tokenizer = base().tokenizer
     return made

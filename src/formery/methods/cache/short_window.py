@@ -25,9 +25,10 @@ from formery.train.plan import Plan
 WINDOW = 128
 FULL = 144  # rows of questions are made of that many tokens at least; what lies behind the window is cut off
 FACTOR = 4  # times the window, that a full cache is trained on
-ROWS = 8  # of a batch of longer texts
+ROWS = 4  # of a batch of longer texts
+TASKS = ("recall", "copy")
 SHORT = Plan(steps=1200, learning_rate=5e-3, warmup=50, final_learning_rate_ratio=0.05, label="a window of 128")
-LONG = Plan(steps=150, learning_rate=1.5e-3, warmup=10, final_learning_rate_ratio=0.05, label="longer texts")
+LONG = Plan(steps=200, learning_rate=1.5e-3, warmup=10, final_learning_rate_ratio=0.05, label="longer texts")
 
 
 class Cut:
@@ -40,7 +41,7 @@ class Cut:
     def __init__(
         self, length: int, rows: int, seed: int = 0, share: float = 0.5, repeating: bool = False, split: Split = "train"
     ):
-        work = Long(tasks=("recall",), tokenizer=tokenizer())
+        work = Long(tasks=TASKS, tokenizer=tokenizer())
         self.length, self.rows, self.seed, self.share = length, rows, seed, share
         self.repeating, self.split = repeating, split
         self.inner = LongBatches(tokenizer(), prose(split), max(FULL, length), rows, seed, share, work, split)
