@@ -1,1 +1,1 @@
-"""Papers that change what a model keeps of the text that it has read."""
+"""What the model remembers of the text: which keys and values there are, and which of them stay."""
