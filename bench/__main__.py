@@ -50,6 +50,8 @@ def parser() -> Parser:
     scale.add_argument("--quick", action="store_true", help="a few cases, to see that all works")
     context = commands.add_parser("context", help="long contexts: memory of decode states, and speed")
     context.add_argument("--json", type=Path, metavar="FILE", help="write machine, rows and versions there")
+    context.add_argument("--plot", type=Path, metavar="FILE.png", help="draw that, and what records say of caches")
+    context.add_argument("--again", type=Path, metavar="FILE", help="draw what was measured before, from its --json")
     context.add_argument("--quick", action="store_true", help="short contexts, to see that all works")
     serving = commands.add_parser("serving", help="the text of other engines that serve a model of ours")
     serving.add_argument("--converter", type=Path, metavar="DIR", help="llama.cpp's sources; without, it is left out")

@@ -20,7 +20,9 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from bench.context_plot import draw
 from bench.scale import GIVEN_BACK, say
+from formery.errors import FormeryError
 from formery.evidence.machine import machine, versions
 from formery.files import atomic_write
 from formery.methods.cache.evict import bounded
@@ -110,7 +112,9 @@ def speeds(contexts: tuple[int, ...], rounds: int, steps: int) -> list[dict[str,
 
 
 def measure(asked: Namespace) -> int:
-    """Measures all, prints it and keeps it."""
+    """Measures all, prints it, keeps it and draws it."""
+    if asked.again is not None:
+        return draw_again(asked.again, asked.plot)
     quick = asked.quick
     names = [name for name in SYSTEMS if name != "whole cache, no kernels"]
     where = {"batch": 2, "context": 1024, "layers": 2} if quick else {}
@@ -128,6 +132,23 @@ def measure(asked: Namespace) -> int:
         with atomic_write(asked.json) as path:
             path.write_text(json.dumps(found, indent=1) + "\n")
     show(found)
+    if asked.plot is not None:
+        draw(found, asked.plot)
+    return 0
+
+
+def draw_again(results: Path, out: Path | None) -> int:
+    """Draws what was measured before."""
+    if out is None:
+        raise FormeryError("--again draws what was measured before: name the picture with --plot.")
+    try:
+        found = json.loads(results.read_text(encoding="utf-8"))
+        found["speed"], found["memory"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FormeryError(
+            f"{results} holds no results of `python -m bench context`: measure them with --json."
+        ) from error
+    draw(found, out)
     return 0
 
 

@@ -70,8 +70,8 @@ class Run:
 
 
 def models() -> list[str]:
-    """The shipped models that can be watched."""
-    return [name for name in shipped_names() if "/" not in name and not name.endswith("-draft")]
+    """The shipped models that can be watched: those with a prompt to begin with."""
+    return [name for name in shipped_names() if name in PROMPTS]
 
 
 @cache
