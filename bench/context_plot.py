@@ -52,8 +52,8 @@ def _quality(axes: Axes, records: list[Record], value: str, label: str) -> None:
         if all(other[0] != held for other in own):
             own.append(point)
     for name, points in lines.items():
-        held, medians, below, above = zip(*sorted(points), strict=True)
+        places, medians, below, above = zip(*sorted(points), strict=True)
         colour, marker = BASELINES.get(name, (None, "o"))
-        axes.errorbar(held, medians, (below, above), label=name, color=colour, marker=marker, capsize=2, linewidth=1)
+        axes.errorbar(places, medians, (below, above), label=name, color=colour, marker=marker, capsize=2, linewidth=1)
     axes.set(xscale="log", xlabel="state of a text of 1,024 tokens, MiB", ylabel=label)
     axes.legend(frameon=False, fontsize=7)
