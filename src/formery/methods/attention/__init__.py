@@ -1,0 +1,1 @@
+"""Methods that change who looks at whom."""
