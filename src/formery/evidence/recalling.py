@@ -62,13 +62,14 @@ def carried(state: State, source: Phased, target: Phased) -> State:
     other = copy.copy(state)
     other.pieces = other.out = None
     other.layers = {(PROMPT, 0): state.layers[PROMPT, 0]}
-    for kind in (Attention, Observing):
+    kinds: tuple[type[Attention] | type[Observing], ...] = (Attention, Observing)
+    for kind in kinds:
         for own, its in zip(_parts(source, kind), _parts(target, kind), strict=False):
             other.layers[its, 0] = state.layers[own, 0]
     return other
 
 
-def _parts(model: Phased, kind: type) -> list[Attention | Observing]:
+def _parts(model: Phased, kind: type[Attention] | type[Observing]) -> list[Attention | Observing]:
     return [part for part in model.layers.modules() if isinstance(part, kind)]
 
 

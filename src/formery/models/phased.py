@@ -1,6 +1,7 @@
 """A decoder that tells its layers where each prompt ends, so that they may read and write by different rules."""
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ def phased(model: Decoder, change: Callable[[Attention, int], Part]) -> Phased:
     change: as in `rewritten`. Raises FormeryError where the model has no attention.
     """
     twin = rewritten(model, Attention, change)
-    made = Phased(twin.embedding, list(twin.layers), twin.norm, twin.output, twin.max_length)
+    made = Phased(twin.embedding, cast(list[Part], list(twin.layers)), twin.norm, twin.output, twin.max_length)
     made.tokenizer, made.conventions = model.tokenizer, model.conventions
     made.origin, made.compiled = model.origin, model.compiled
     return made.train(model.training)

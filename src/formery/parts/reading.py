@@ -108,7 +108,7 @@ def means(
 
 @dataclass(frozen=True)
 class Lines(Shared):
-    """Columns (single keys, for all queries) and diagonals (single distances) that the last `probe` tokens look at most.
+    """Columns (keys, for all queries) and diagonals (distances) that the last `probe` tokens look at most.
 
     Half of the share goes to columns and half to diagonals, alike in each group of heads; the first column and the main
     diagonal are always among them (Jiang et al., "MInference 1.0", 2024, the vertical-slash pattern).
