@@ -156,22 +156,22 @@ class Chosen:
     def attended(self, asked: Asked) -> Float[Tensor, "batch head time value"]:
         """Attention that reads the keys and values of these slots alone."""
         batch, heads, time, width = asked.query.shape
-        number = self.slots.shape[-1]
-        shared = heads // asked.groups
-        row = torch.arange(batch, device=self.slots.device)[:, None, None]
-        group = torch.arange(asked.groups, device=self.slots.device)[None, :, None]
-        places = self.slots.flatten(2)
-        keys = asked.keys[row, group, places].view(batch, asked.groups, time, number, -1)
-        values = asked.values[row, group, places].view(batch, asked.groups, time, number, -1)
-        query = asked.query.view(batch, asked.groups, shared, time, width).transpose(2, 3)
-        scores = query @ keys.transpose(-1, -2) * asked.scale
-        if asked.soft_cap is not None:
-            scores = asked.soft_cap * torch.tanh(scores / asked.soft_cap)
+        shared, number = heads // asked.groups, self.slots.shape[-1]
+        slots, real = self.slots.transpose(1, 2), self.real.transpose(1, 2)
+        row = torch.arange(batch, device=slots.device)[:, None, None, None]
+        group = torch.arange(asked.groups, device=slots.device)[:, None]
+        # Each query is a row of its own, with the keys and values that it chose.
+        keys, values = (whole[row, group, slots].flatten(0, 1) for whole in (asked.keys, asked.values))
+        bias = None
         if asked.bias is not None:
-            bias = asked.bias.expand(batch, heads, time, -1).view(batch, asked.groups, shared, time, -1).transpose(2, 3)
-            scores = scores + bias.gather(-1, self.slots[:, :, :, None].expand(-1, -1, -1, shared, -1))
-        # A query that sees nothing is padding; its mean of whatever lies there is never read.
-        real = (self.real | ~self.real.any(-1, keepdim=True))[:, :, :, None]
-        scores = scores.masked_fill(~real, float("-inf"))
-        weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(values.dtype)
-        return (weights @ values).transpose(2, 3).reshape(batch, heads, time, -1)
+            places = slots.repeat_interleave(shared, 2)
+            bias = asked.bias.expand(batch, heads, time, -1).transpose(1, 2).gather(-1, places)
+            bias = bias.reshape(-1, heads, 1, number)
+        seen = Visibility()
+        if not bool(real.all()):
+            # A query that sees nothing is padding; its mean of whatever lies there is never read.
+            real = real | ~real.any(-1, keepdim=True)
+            seen = Visibility(real.repeat_interleave(shared, 2).reshape(-1, heads, 1, number))
+        query = asked.query.transpose(1, 2).reshape(-1, heads, 1, width)
+        mixed = attend(query, keys, values, seen, bias, asked.scale, asked.soft_cap)
+        return mixed.view(batch, time, heads, -1).transpose(1, 2)
