@@ -1,4 +1,4 @@
-"""TidalDecode: the tokens of full attention where the budget holds all, reading the chosen alone, layers that choose."""
+"""TidalDecode: full attention where the budget holds all, reading the chosen alone, which layers choose."""
 
 import pytest
 import torch
@@ -42,7 +42,12 @@ def test_prompts_are_read_with_full_attention() -> None:
 
 def test_layers_by_their_number() -> None:
     kinds = [type(part) for part in tidal(made(), 4).modules() if isinstance(part, Attention | Choosing | Following)]
-    assert [kind.__name__ for kind in kinds if kind is not Attention] == ["Choosing", "Following", "Choosing", "Following"]
+    assert [kind.__name__ for kind in kinds if kind is not Attention] == [
+        "Choosing",
+        "Following",
+        "Choosing",
+        "Following",
+    ]
     last = [type(part) for part in tidal(made(), 4, 2).modules() if isinstance(part, Choosing | Following)]
     assert last == [Choosing, Following, Following, Following]
 

@@ -61,7 +61,7 @@ class Blocks(Shared):
     Long-Context LLMs via Dynamic Sparse Attention", 2024, the block-sparse pattern).
     """
 
-    size: int = 32
+    size: int = 16
 
     def chosen(self, asked: Asked) -> Bool[Tensor, "batch group time slot"]:
         number = -(-int(asked.since.max()) // self.size)
