@@ -7,6 +7,7 @@ import torch
 from generation import decoder
 from torch import Tensor
 
+from formery.data.batching import pad
 from formery.errors import FormeryError
 from formery.generate import generate
 from formery.models import Decoder
@@ -259,6 +260,21 @@ def test_rows_do_not_depend_on_their_neighbours_and_a_pass_from_scratch_is_the_s
             state.select([0, 0])
             again = sparse.step(whole[:, len(prompt) + 2 :].expand(2, -1), state)
             assert torch.allclose(again[1], once[len(prompt) + 2 :], atol=1e-4)
+
+
+@pytest.mark.parametrize("writing", [make(6) for make in WRITING], ids=str)
+def test_rows_may_be_taken_in_another_order(writing: Rule) -> None:
+    sparse = ruled(made(), None, writing)
+    tokens, positions = pad([one[:-1] for one in PROMPTS[:3]], 0)
+    last = torch.tensor([one[-1:] for one in PROMPTS[:3]])
+    with torch.no_grad():
+        state, _ = sparse.begin(PROMPTS[:3], 40)
+        sparse.read(tokens, state, positions)
+        state.rollback([len(one) - 1 for one in PROMPTS[:3]])
+        straight = sparse.step(last, state)
+        state.rollback([len(one) - 1 for one in PROMPTS[:3]])
+        state.select([2, 0, 2])
+        assert torch.allclose(sparse.step(last[[2, 0, 2]], state), straight[[2, 0, 2]], atol=1e-5)
 
 
 @pytest.mark.parametrize("rules", [(Lines(0.5, 8), None), (None, Kept(4, 3, 1))])
