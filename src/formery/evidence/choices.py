@@ -41,8 +41,8 @@ class Counting(Rule):
         mask = self.rule(asked)
         counted = asked.written if self.writing else ~asked.written & (asked.positions >= 0)
         allowed = asked.allowed & counted[:, None, :, None]
-        self.all += int(allowed.sum())
-        self.chosen += int((allowed if mask is None else mask & allowed).sum())
+        self.all += int(allowed.count_nonzero())
+        self.chosen += int((allowed if mask is None else mask & allowed).count_nonzero())
         return mask
 
     @property

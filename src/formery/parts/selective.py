@@ -134,15 +134,14 @@ class Selective(Asking):
         """What the rules choose for the queries of both kinds."""
         if asked.writing:
             return None if self.writing is None else self.writing(asked)
-        written = asked.written[:, None, :, None]
         reading = None if self.reading is None else self.reading(asked)
-        if not bool(written.any()) or self.writing is None:
-            return None if reading is None else reading | (written & asked.allowed)
-        writing = self.writing(asked)
+        if not bool(asked.written.any()):
+            return reading
+        writing = None if self.writing is None else self.writing(asked)
         if reading is None and writing is None:
             return None
         read, wrote = (asked.allowed if mask is None else mask for mask in (reading, writing))
-        return torch.where(written, wrote, read)
+        return torch.where(asked.written[:, None, :, None], wrote, read)
 
 
 class Observing(Selective):

@@ -1,10 +1,14 @@
 """What comparisons of sparse attention share: variants of one model on questions and on text, and times of a step."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
+from formery.data.tokenizer import Tokenizer
 from formery.data.write import WikiText
 from formery.evidence.choices import Noting, ratio
 from formery.evidence.recalling import Due, answers, carried, continued, passages, questions, read
@@ -43,12 +47,17 @@ def plainly(model: Phased) -> Phased:
     return model
 
 
+@cache
+def prose(tokenizer: Tokenizer) -> Int[Tensor, " total"]:
+    """Prose that was not learned from."""
+    return joined(tokenizer, WikiText().texts("test"))
+
+
 def due(model: Decoder, length: int, seed: int, number: int) -> list[Due]:
     """Questions of all tasks, and pieces of text, of that length, that the model did not learn from."""
     assert model.tokenizer is not None
-    text = joined(model.tokenizer, WikiText().texts("test"))
     asked = [one for task in TASKS for one in questions(model.tokenizer, length, task, number, seed)]
-    return [*asked, *passages(text, length - WRITTEN, WRITTEN, number, seed)]
+    return [*asked, *passages(prose(model.tokenizer), length - WRITTEN, WRITTEN, number, seed)]
 
 
 def survey(reader: Phased, variants: Mapping[str, Phased], dues: Sequence[Due]) -> Found:
