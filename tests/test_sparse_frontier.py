@@ -1,5 +1,6 @@
 """Sparse Frontier: what settings look at and cost, intervals, and what the claims make of answers."""
 
+import os
 from typing import Any
 
 import pytest
@@ -9,8 +10,9 @@ from generation import decoder
 from formery.evidence.intervals import bootstrap
 from formery.evidence.recalling import Due, answers, read
 from formery.methods.attention import sparse_frontier as paper
-from formery.methods.attention.comparing import TASKS, TEXT
+from formery.methods.attention.comparing import TASKS, TEXT, due
 from formery.methods.attention.sparse_frontier import FULL, PHASES, READING, SIZES, WRITING, Grid, counted, named
+from formery.models import load
 from formery.models.compose import language_model
 from formery.parts import Rotary
 
@@ -102,3 +104,19 @@ def test_what_the_claims_make_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     }  # fmt: skip
     weak = {one.name: one for one in paper.judged(grid(lossy, answered=0.1))}
     assert "answer too little" in weak["size"].untestable
+
+
+@pytest.mark.skipif(not os.environ.get("FORMERY_DATA"), reason="FORMERY_DATA names no folder of real data")
+def test_questions_and_text_are_of_the_length_that_is_asked_for() -> None:
+    model = load("code")
+    asked = due(model, 256, seed=1, number=2)
+    assert [one.task for one in asked] == [task for task in (*TASKS, TEXT) for _ in range(2)]
+    for one in asked:
+        assert 256 - 16 <= len(one.prompt) + len(one.answer) <= 256 + 16, one.task
+        assert one.written.tolist() == [[one.prompt[-1], *one.answer[:-1]]]
+    again = due(model, 256, seed=1, number=2)
+    assert (
+        [one.prompt for one in again]
+        == [one.prompt for one in asked]
+        != [one.prompt for one in due(model, 256, seed=2, number=2)]
+    )
