@@ -10,8 +10,10 @@ from torch import Tensor
 
 from formery.data.tokenizer import Tokenizer
 from formery.data.write import WikiText
+from formery.evidence.checks import criterion, untestable
 from formery.evidence.choices import Noting, ratio
 from formery.evidence.recalling import Due, answers, carried, continued, passages, questions, read
+from formery.evidence.verdict import Criterion, Relation
 from formery.models import Decoder
 from formery.models.phased import Phased, phased
 from formery.parts import Attention
@@ -22,6 +24,8 @@ from formery.train.text import joined
 
 TASKS = ("recall", "copy", "count", "track")
 TEXT, WRITTEN = "text", 64  # held-out prose beside the tasks, and how many of its tokens are written
+
+ENOUGH = 0.2  # of all questions, that a model must answer to have something to lose
 
 Found = dict[str, list[float]]
 
@@ -119,3 +123,14 @@ def means(found: Mapping[str, Any]) -> dict[str, float]:
 def less(first: Sequence[float], second: Sequence[float]) -> list[float]:
     """Differences, one by one."""
     return [a - b for a, b in zip(first, second, strict=True)]
+
+
+def on_answers(
+    able: bool, name: str, says: str, values: Sequence[float], relation: Relation, bound: float, essential: bool = False
+) -> Criterion:
+    """A criterion on answers; untested where full attention gives fewer than `ENOUGH` of them."""
+    if not able:
+        return untestable(
+            name, says, relation, bound, "the model answers too little to have something to lose", essential
+        )
+    return criterion(name, says, values, relation, bound, essential)
