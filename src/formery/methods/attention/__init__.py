@@ -1,1 +1,1 @@
-"""Methods that change who looks at whom."""
+"""Papers on attention: what stands in its place, and how far each layer looks."""
