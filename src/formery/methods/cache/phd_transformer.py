@@ -3,13 +3,14 @@
 Wu, Yan, Zhang, Lu, Zeng, Wang and Zhou, "Efficient Pretraining Length Scaling", 2025. Of the K readings of a token the
 first is the original, the others are hidden decoding tokens. With token m's i-th reading as key and token n's j-th as
 query, `M = 1 if (i = 1 and m < n) or (i ≤ j and m = n) else 0`: what comes later sees the originals only, so that the
-keys and values of all copies can be forgotten when the token has been predicted, and the originals compute just what
-the plain model would. Further forms let copies see those of a window of tokens before (PHD-SWA), and cut that window at
+keys and values of all copies can be forgotten when the token has been predicted, and the originals compute what the
+plain model would. Further forms let copies see those of a window of tokens before (PHD-SWA), and cut that window at
 the borders of chunks (PHD-CSWA), so that of a prompt only the copies in its last chunk are ever needed. The paper
 reports better benchmarks than the plain model's with a cache of the same size, at about a billion parameters.
 
-The K readings stand at positions of their own, as they would if the text itself were repeated; that is all that tells
-them apart, and no parameters are added. A window counts tokens here, each with all of its copies.
+The K readings stand at positions of their own, as they would if the text itself were repeated: that alone tells them
+apart, no parameters are added, and originals stand K positions apart. A window counts tokens here, each with all of its
+copies.
 """
 
 import time
@@ -36,7 +37,9 @@ from formery.train.plan import Plan
 WIDTH, LAYERS, HEADS, HIDDEN, LONGEST = 64, 3, 4, 168, 1024
 LENGTH, BATCH, STEPS = 128, 16, 150  # of a training: tokens of a row, rows of a step
 WINDOW, CHUNK = 16, 32
-PROMPT = 500  # tokens, which is no whole number of chunks
+BATCHES = 16  # held-out ones
+PROMPT, STEPPED = 500, 16  # tokens of a timed prompt, which is no whole number of chunks, and tokens behind it
+SHORT, LONG = 257, 513  # one more than is read at once
 
 plain = partial(language_model, long_text.VOCABULARY, WIDTH)
 repeated = partial(repeating_model, long_text.VOCABULARY, WIDTH, LAYERS, HEADS, HIDDEN, LONGEST)
@@ -50,6 +53,7 @@ FORMS: dict[str, Callable[[], Decoder]] = {
     "every copy kept, K=2": partial(repeated, EveryCopy(2)),
     "plain, twice the layers": partial(plain, 2 * LAYERS, HEADS, HEADS, HIDDEN, LONGEST),
 }
+TIMED = ("plain", "PHD, K=2", "PHD-SWA, K=2", "PHD-CSWA, K=2")
 
 
 def trained(form: str, seed: int) -> Decoder:
@@ -57,3 +61,199 @@ def trained(form: str, seed: int) -> Decoder:
     plan = Plan(STEPS, 4e-3, warmup=15, seed=seed, label=f"{form}, seed {seed}")
     batches = WindowBatches(long_text.prose("train"), LENGTH, BATCH, seed)
     return grown(f"phd-transformer/{form}/{seed}", FORMS[form], batches, plan)
+
+
+def loss(form: str, seed: int) -> dict[str, float]:
+    """Trains a form; its loss on text that it has not learned from, and how many numbers its weights hold."""
+    model = trained(form, seed)
+    windows = WindowBatches(long_text.prose("test"), LENGTH, BATCH)
+    return {"loss": float(losses(model, windows, BATCHES).mean()), "weights": model.parameter_count()}
+
+
+@torch.inference_mode()
+def difference(form: str, seed: int) -> dict[str, float]:
+    """The largest difference between logits of cached decoding and of the pass that trains, over the largest logit."""
+    model = trained(form, seed).double()
+    tokens = WindowBatches(long_text.prose("test"), 3 * CHUNK, 2).batch(seed)["tokens"]
+    whole, state = model(tokens), model.start(len(tokens), tokens.shape[1])
+    pieces = tokens.split([5, 1, 17, *[1] * (tokens.shape[1] - 23)], 1)
+    cached = torch.cat([model.step(piece, state) for piece in pieces], 1)
+    return {"difference": float((cached - whole).abs().max() / whole.abs().max())}
+
+
+def held(form: str) -> dict[str, float]:
+    """Bytes of a state behind short and long texts, the last token of which was read alone."""
+    model = FORMS[form]()
+    return {f"bytes at {length:,} tokens": account(model, length).total for length in (SHORT, LONG)}
+
+
+@torch.inference_mode()
+def timed(rounds: int) -> dict[str, dict[str, list[float]]]:
+    """Seconds that the forms take to read a prompt, and to read single tokens behind it, over the plain model's."""
+    models = {form: FORMS[form]().eval() for form in TIMED}
+    tokens = torch.randint(long_text.VOCABULARY, (1, PROMPT + 1))
+    seconds: dict[str, dict[str, list[float]]] = {form: {"prompt": [], "token": []} for form in models}
+    with using(False):
+        for lap in range(rounds + 1):
+            for form, model in models.items():
+                state, began = model.start(1, PROMPT + STEPPED), time.perf_counter()
+                reading = model.prefill if isinstance(model, Repeating) else model.read
+                reading(tokens[:, :PROMPT], state)
+                read = time.perf_counter()
+                for _ in range(STEPPED):
+                    model.step(tokens[:, PROMPT:], state)
+                if lap:  # the first one warms up
+                    seconds[form]["prompt"].append(read - began)
+                    seconds[form]["token"].append((time.perf_counter() - read) / STEPPED)
+    base = seconds["plain"]
+    return {
+        form: {f"{name}, times plain": [a / b for a, b in zip(own[name], base[name], strict=True)] for name in own}
+        for form, own in seconds.items()
+    }
+
+
+def check(budget: Budget) -> Measured:
+    """Copies against the plain model, plain repetition and a deeper model: loss, bytes of the state, times."""
+    plan = [(form, seed) for form in FORMS for seed in budget.seeds]
+    exact = [form for form in FORMS if "K=" in form]
+    budget.units.expect(len(plan) + len(exact) + len(FORMS) + 1)
+    found: dict[str, dict[str, list[float]]] = {form: {} for form in FORMS}
+
+    def note(form: str, values: Mapping[str, Any]) -> None:
+        for name, value in values.items():
+            found[form].setdefault(name, []).extend(value if isinstance(value, list) else [value])
+
+    for form, seed in plan:
+        note(form, budget.units.measure(f"{form}, seed {seed}", partial(loss, form, seed)))
+    for form in exact:
+        note(form, budget.units.measure(f"{form}, cached", partial(difference, form, budget.seeds[0])))
+    for form in FORMS:
+        note(form, budget.units.measure(f"{form}, state", partial(held, form)))
+    times = budget.units.measure("times", partial(timed, max(5, budget.rounds)))
+    for form, values in times.items():
+        note(form, values)
+
+    def gained(better: str, worse: str) -> list[float]:
+        return [b - a for a, b in zip(found[better]["loss"], found[worse]["loss"], strict=True)]
+
+    def more(form: str, length: int) -> float:
+        name = f"bytes at {length:,} tokens"
+        return found[form][name][0] - found["plain"][name][0]
+
+    phd = ("PHD, K=2", "PHD, K=3")
+    window, chunks = "PHD-SWA, K=2", "PHD-CSWA, K=2"
+    return Measured(
+        [
+            *(
+                criterion(
+                    f"gain, {form}",
+                    f"{form} loses less than the plain model of the same weights, in nats a token",
+                    gained(form, "plain"),
+                    ">",
+                    0.0,
+                )
+                for form in (*phd, window, chunks)
+            ),
+            criterion(
+                "more copies", "a second copy gains more than a first one alone", gained(phd[1], phd[0]), ">", 0.0
+            ),
+            criterion("window", "copies in a window gain more than forgotten ones", gained(window, phd[0]), ">", 0.0),
+            criterion(
+                "bytes",
+                "the state takes the very bytes of the plain model's",
+                [more(form, length) for form in phd for length in (SHORT, LONG)],
+                "==",
+                0.0,
+                essential=True,
+            ),
+            criterion(
+                "bytes of the window",
+                "a window adds bytes that do not grow with the text",
+                [more(form, LONG) - more(form, SHORT) for form in (window, chunks)],
+                "==",
+                0.0,
+            ),
+            criterion(
+                "exact",
+                "cached decoding gives the logits of the mask that trains, to a billionth of the largest in 64 bits",
+                [found[form]["difference"][0] for form in exact],
+                "<=",
+                1e-9,
+                essential=True,
+            ),
+            criterion(
+                "prompt",
+                f"PHD and PHD-CSWA read a prompt of {PROMPT} tokens in at most 1.25 times the plain model's time",
+                [one for form in (phd[0], chunks) for one in found[form]["prompt, times plain"]],
+                "<=",
+                1.25,
+            ),
+            criterion(
+                "prompt without chunks",
+                "PHD-SWA takes longer for it than PHD-CSWA",
+                [
+                    a - b
+                    for a, b in zip(
+                        found[window]["prompt, times plain"], found[chunks]["prompt, times plain"], strict=True
+                    )
+                ],
+                ">",
+                0.0,
+            ),
+            untestable(
+                "benchmarks",
+                "consistently better on the benchmarks of language models of about a billion parameters",
+                ">",
+                0.0,
+                "needs pre-training such models",
+                essential=True,
+            ),
+        ],
+        [
+            Row("write", form, 1, {name: spread(all_) for name, all_ in values.items()})
+            for form, values in found.items()
+        ],
+        baseline="the plain model of the same weights, trained on the same tokens from the same seeds",
+        notes=[
+            f"Each form learns from {STEPS} steps of {BATCH * LENGTH:,} tokens of WikiText-2, far from convergence; "
+            "losses are on its test part, in nats a token of a vocabulary of 2,048.",
+            "With K = 2 the layers' products cost as much as those of the plain model of twice the layers, which has "
+            "more weights and a cache twice as large; with every copy kept the weights stay, and the cache is twice as "
+            "large too.",
+            "Bytes are of the storage that a state holds, book-keeping and all. Behind a longer pass the forms with a "
+            "window hold that pass's copies too, until the next one, so that drafts can be taken back.",
+            "Times are without the compiled kernels, which know no copies. A pass over one token is mostly overhead in "
+            "models this small, so that copies cost less in it than they would in large ones.",
+            "The decoding loop reads prompts by `read`, which gives predictions for each token and so computes all "
+            "copies; the times of prompts are those of `prefill`, which leaves out what no later token depends on.",
+        ],
+    )
+
+
+PAPER = publish(
+    Paper(
+        slug="phd-transformer",
+        title="Efficient Pretraining Length Scaling",
+        year=2025,
+        part="cache",
+        domain="language",
+        does="Lets each token compute several times within the same memory: it is repeated, predicts from its last "
+        "copy, and the copies' keys and values are dropped or kept only in a window.",
+        claims="Better than the plain model on several benchmarks with a cache of the same size, and one form no "
+        "longer slows down reading the prompt.",
+        needs="Pretraining of about a billion parameters.",
+        name="PHD-Transformer",
+        training="whole",
+        sought="spend more compute per token in pretraining without a bigger cache; hidden tokens; scaling sequence "
+        "length",
+        related={
+            "cla": "cache size while training",
+            "mlkv": "cache size",
+            "differentiable-cache-augmentation": "more computation for each token",
+            "algoformer": "looped computation",
+        },
+        added="2026-11-28",
+        check=check,
+        works=("write",),
+    )
+)
