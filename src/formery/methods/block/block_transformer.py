@@ -29,10 +29,12 @@ from formery.evidence.study import grown, losses
 from formery.models.blocks import BlockTransformer, block_model
 from formery.models.compose import language_model
 from formery.models.decoder import Decoder
+from formery.models.louder import louder
 from formery.train.plan import Plan
 
 WIDTH, LAYERS, HEADS, HIDDEN, LONGEST = 64, 4, 4, 168, 1024
-LENGTH, BATCH, STEPS = 128, 16, 150  # of a training: tokens of a row, rows of a step
+LENGTH, BATCH, STEPS = 128, 8, 200  # of a training: tokens of a row, rows of a step
+LOUDER = 5.0  # than usual are embeddings at first, so that models learn more than frequencies in these steps
 BATCHES = 16  # held-out ones
 HELD = 1024  # tokens of a state that is measured
 PROMPT, WRITTEN = 960, 32  # tokens behind which decoding is timed, and so many of them
@@ -57,9 +59,10 @@ TIMED = ("plain", "smaller plain", "blocks of 4")
 
 def trained(form: str, seed: int) -> Decoder:
     """One form of the model, trained on WikiText-2 from that seed."""
-    plan = Plan(STEPS, 4e-3, warmup=15, seed=seed, label=f"{form}, seed {seed}")
+    plan = Plan(STEPS, 4e-3, warmup=20, seed=seed, label=f"{form}, seed {seed}")
     batches = WindowBatches(long_text.prose("train"), LENGTH, BATCH, seed)
-    return grown(f"block-transformer/{form}/{seed}", FORMS[form], batches, plan)
+    make = partial(louder, FORMS[form], LOUDER)
+    return grown(f"block-transformer/{form}/{seed}", make, batches, plan, sources=[language_model, block_model])
 
 
 def loss(form: str, seed: int) -> dict[str, float]:
@@ -205,8 +208,8 @@ def check(budget: Budget) -> Measured:
         notes=[
             f"Each form learns from {STEPS} steps of {BATCH * LENGTH:,} tokens of WikiText-2, far from convergence; "
             "losses are on its test part, in nats a token of a vocabulary of 2,048.",
-            f"Blocks have {LAYERS // 2} layers in each decoder where nothing else is said, and beside them the embedder's "
-            "table and the map to the prefix. The smaller plain model has half of the layers, and one head of keys and "
+            f"Both decoders of blocks have {LAYERS // 2} layers unless said otherwise; the embedder's table and the map "
+            "to the prefix come on top. The smaller plain model has half of the layers, and one head of keys and "
             "values for four of queries.",
             "A block takes book-keeping too: each token's number, from which a block can be decoded again after "
             "rollback, its position, and room to pad rows whose blocks end at different times.",

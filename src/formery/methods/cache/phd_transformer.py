@@ -29,13 +29,15 @@ from formery.evidence.paper import Paper, publish
 from formery.evidence.study import grown, losses
 from formery.models.compose import language_model
 from formery.models.decoder import Decoder
+from formery.models.louder import louder
 from formery.models.repeating import Repeating, repeating_model
 from formery.parts.copies import EveryCopy, HiddenDecoding
 from formery.parts.native import using
 from formery.train.plan import Plan
 
 WIDTH, LAYERS, HEADS, HIDDEN, LONGEST = 64, 3, 4, 168, 1024
-LENGTH, BATCH, STEPS = 128, 16, 150  # of a training: tokens of a row, rows of a step
+LENGTH, BATCH, STEPS = 128, 8, 200  # of a training: tokens of a row, rows of a step
+LOUDER = 5.0  # than usual are embeddings at first, so that models learn more than frequencies in these steps
 WINDOW, CHUNK = 16, 32
 BATCHES = 16  # held-out ones
 PROMPT, STEPPED = 500, 16  # tokens of a timed prompt, which is no whole number of chunks, and tokens behind it
@@ -58,9 +60,10 @@ TIMED = ("plain", "PHD, K=2", "PHD-SWA, K=2", "PHD-CSWA, K=2")
 
 def trained(form: str, seed: int) -> Decoder:
     """One form of the model, trained on WikiText-2 from that seed."""
-    plan = Plan(STEPS, 4e-3, warmup=15, seed=seed, label=f"{form}, seed {seed}")
+    plan = Plan(STEPS, 4e-3, warmup=20, seed=seed, label=f"{form}, seed {seed}")
     batches = WindowBatches(long_text.prose("train"), LENGTH, BATCH, seed)
-    return grown(f"phd-transformer/{form}/{seed}", FORMS[form], batches, plan)
+    make = partial(louder, FORMS[form], LOUDER)
+    return grown(f"phd-transformer/{form}/{seed}", make, batches, plan, sources=[language_model, repeating_model])
 
 
 def loss(form: str, seed: int) -> dict[str, float]:
