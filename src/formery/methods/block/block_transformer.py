@@ -13,23 +13,20 @@ with, from its first token.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 
 from formery.data import long_text
-from formery.data.batching import WindowBatches
 from formery.evidence.accounting import account
 from formery.evidence.checks import criterion, untestable
-from formery.evidence.measured import Budget, Measured, Row, spread
+from formery.evidence.forms import Findings, Forms
+from formery.evidence.measured import Budget, Measured
 from formery.evidence.paper import Paper, publish
-from formery.evidence.study import grown, losses
 from formery.models.blocks import BlockTransformer, block_model
 from formery.models.compose import language_model
 from formery.models.decoder import Decoder
-from formery.models.louder import louder
 from formery.train.plan import Plan
 
 WIDTH, LAYERS, HEADS, HIDDEN, LONGEST = 64, 4, 4, 168, 1024
@@ -43,7 +40,7 @@ ROWS = (1, 16, 64)  # of a batch
 plain = partial(language_model, long_text.VOCABULARY, WIDTH)
 halves = partial(block_model, long_text.VOCABULARY, WIDTH, LAYERS // 2, LAYERS // 2, HEADS, HIDDEN, LONGEST)
 
-FORMS: dict[str, Callable[[], Decoder]] = {
+MADE: dict[str, Callable[[], Decoder]] = {
     "plain": partial(plain, LAYERS, HEADS, HEADS, HIDDEN, LONGEST),
     "smaller plain": partial(plain, LAYERS // 2, HEADS, 1, HIDDEN, LONGEST),
     "blocks of 2": partial(halves, 2),
@@ -53,28 +50,16 @@ FORMS: dict[str, Callable[[], Decoder]] = {
         block_model, long_text.VOCABULARY, WIDTH, LAYERS, LAYERS, HEADS, HIDDEN, LONGEST, 4
     ),
 }
+FORMS = Forms(
+    "block-transformer", MADE, Plan(STEPS, 4e-3, warmup=20), LENGTH, BATCH, LOUDER, [language_model, block_model]
+)
 BLOCKS = {"blocks of 2": 2, "blocks of 4": 4, "blocks of 8": 8}
 TIMED = ("plain", "smaller plain", "blocks of 4")
 
 
-def trained(form: str, seed: int) -> Decoder:
-    """One form of the model, trained on WikiText-2 from that seed."""
-    plan = Plan(STEPS, 4e-3, warmup=20, seed=seed, label=f"{form}, seed {seed}")
-    batches = WindowBatches(long_text.prose("train"), LENGTH, BATCH, seed)
-    make = partial(louder, FORMS[form], LOUDER)
-    return grown(f"block-transformer/{form}/{seed}", make, batches, plan, sources=[language_model, block_model])
-
-
-def loss(form: str, seed: int) -> dict[str, float]:
-    """Trains a form; its loss on text that it has not learned from, and how many numbers its weights hold."""
-    model = trained(form, seed)
-    windows = WindowBatches(long_text.prose("test"), LENGTH, BATCH)
-    return {"loss": float(losses(model, windows, BATCHES).mean()), "weights": model.parameter_count()}
-
-
 def held(form: str) -> dict[str, float]:
     """Bytes of a state of `HELD` tokens, as measured and, for blocks, as they follow from the sizes."""
-    model = FORMS[form]()
+    model = MADE[form]()
     values = {f"bytes at {HELD:,} tokens": float(account(model, HELD).total)}
     if isinstance(model, BlockTransformer):
         values["bytes foreseen"] = foreseen(model, HELD)
@@ -97,7 +82,7 @@ def foreseen(model: BlockTransformer, tokens: int) -> int:
 def timed(rows: int, rounds: int) -> dict[str, dict[str, list[float]]]:
     """Tokens a second that the forms write behind prompts, in interleaved rounds, over the plain model's."""
     tokens = torch.randint(long_text.VOCABULARY, (rows, PROMPT))
-    models = {form: FORMS[form]().eval() for form in TIMED}
+    models = {form: MADE[form]().eval() for form in TIMED}
     states = {form: model.start(rows, PROMPT + WRITTEN) for form, model in models.items()}
     last = {}
     for form, model in models.items():
@@ -118,28 +103,20 @@ def timed(rows: int, rounds: int) -> dict[str, dict[str, list[float]]]:
 
 def check(budget: Budget) -> Measured:
     """Blocks of several lengths against plain models of the same layers and of the same bytes: loss, bytes, speed."""
-    plan = [(form, seed) for form in FORMS for seed in budget.seeds]
-    budget.units.expect(len(plan) + len(FORMS) + len(ROWS))
-    found: dict[str, dict[str, list[float]]] = {form: {} for form in FORMS}
-
-    def note(form: str, values: Mapping[str, Any]) -> None:
-        for name, value in values.items():
-            found[form].setdefault(name, []).extend(value if isinstance(value, list) else [value])
-
+    plan = [(form, seed) for form in MADE for seed in budget.seeds]
+    budget.units.expect(len(plan) + len(MADE) + len(ROWS))
+    found = Findings(FORMS)
     for form, seed in plan:
-        note(form, budget.units.measure(f"{form}, seed {seed}", partial(loss, form, seed)))
-    for form in FORMS:
-        note(form, budget.units.measure(f"{form}, state", partial(held, form)))
+        found.note(form, budget.units.measure(f"{form}, seed {seed}", partial(FORMS.loss, form, seed, BATCHES)))
+    for form in MADE:
+        found.note(form, budget.units.measure(f"{form}, state", partial(held, form)))
     for rows in ROWS:
         times = budget.units.measure(f"{rows} rows, timed", partial(timed, rows, max(5, budget.rounds)))
         for form, values in times.items():
-            note(form, values)
-
-    def more(worse: str, better: str) -> list[float]:
-        return [a - b for a, b in zip(found[worse]["loss"], found[better]["loss"], strict=True)]
+            found.note(form, values)
 
     def bytes_of(form: str) -> float:
-        return found[form][f"bytes at {HELD:,} tokens"][0]
+        return found.of(form, f"bytes at {HELD:,} tokens")[0]
 
     middle, deeper = "blocks of 4", "blocks of 4, twice the layers"
     return Measured(
@@ -147,21 +124,21 @@ def check(budget: Budget) -> Measured:
             criterion(
                 "equal loss",
                 "blocks of 4 in twice the layers lose at most what the plain model loses, in nats a token",
-                more(deeper, "plain"),
+                found.more(deeper, "plain", "loss"),
                 "<=",
                 0.0,
             ),
             criterion(
                 "equal bytes",
                 "blocks of 4 lose less than a smaller plain model whose keys and values take as many bytes",
-                more("smaller plain", middle),
+                found.more("smaller plain", middle, "loss"),
                 ">",
                 0.0,
             ),
             criterion(
                 "bytes",
                 f"a state of {HELD:,} tokens takes the very bytes that follow from the sizes",
-                [bytes_of(form) - found[form]["bytes foreseen"][0] for form in FORMS if "blocks" in form],
+                [bytes_of(form) - found.of(form, "bytes foreseen")[0] for form in MADE if "blocks" in form],
                 "==",
                 0.0,
             ),
@@ -176,7 +153,7 @@ def check(budget: Budget) -> Measured:
             criterion(
                 "longer blocks",
                 "the longer the blocks, the more is lost: 8 above 4, and 4 above 2",
-                [*more("blocks of 8", middle), *more(middle, "blocks of 2")],
+                [*found.more("blocks of 8", middle, "loss"), *found.more(middle, "blocks of 2", "loss")],
                 ">",
                 0.0,
             ),
@@ -185,7 +162,7 @@ def check(budget: Budget) -> Measured:
                     f"throughput, {rows} rows",
                     f"blocks of 4 write more tokens a second than the plain model of as many layers, {rows} rows at a "
                     f"time behind prompts of {PROMPT} tokens",
-                    found[middle][f"tokens a second, times plain, {rows} rows"],
+                    found.of(middle, f"tokens a second, times plain, {rows} rows"),
                     ">",
                     1.0,
                 )
@@ -208,8 +185,8 @@ def check(budget: Budget) -> Measured:
         notes=[
             f"Each form learns from {STEPS} steps of {BATCH * LENGTH:,} tokens of WikiText-2, far from convergence; "
             "losses are on its test part, in nats a token of a vocabulary of 2,048.",
-            f"Both decoders of blocks have {LAYERS // 2} layers unless said otherwise; the embedder's table and the map "
-            "to the prefix come on top. The smaller plain model has half of the layers, and one head of keys and "
+            f"Both decoders of blocks have {LAYERS // 2} layers unless said otherwise; the embedder's table and the "
+            "map to the prefix come on top. The smaller plain model has half of the layers, and one head of keys and "
             "values for four of queries.",
             "A block takes book-keeping too: each token's number, from which a block can be decoded again after "
             "rollback, its position, and room to pad rows whose blocks end at different times.",

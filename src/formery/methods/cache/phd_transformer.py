@@ -14,9 +14,8 @@ copies.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -24,12 +23,11 @@ from formery.data import long_text
 from formery.data.batching import WindowBatches
 from formery.evidence.accounting import account
 from formery.evidence.checks import criterion, untestable
-from formery.evidence.measured import Budget, Measured, Row, spread
+from formery.evidence.forms import Findings, Forms
+from formery.evidence.measured import Budget, Measured
 from formery.evidence.paper import Paper, publish
-from formery.evidence.study import grown, losses
 from formery.models.compose import language_model
 from formery.models.decoder import Decoder
-from formery.models.louder import louder
 from formery.models.repeating import Repeating, repeating_model
 from formery.parts.copies import EveryCopy, HiddenDecoding
 from formery.parts.native import using
@@ -46,7 +44,7 @@ SHORT, LONG = 257, 513  # one more than is read at once
 plain = partial(language_model, long_text.VOCABULARY, WIDTH)
 repeated = partial(repeating_model, long_text.VOCABULARY, WIDTH, LAYERS, HEADS, HIDDEN, LONGEST)
 
-FORMS: dict[str, Callable[[], Decoder]] = {
+MADE: dict[str, Callable[[], Decoder]] = {
     "plain": partial(plain, LAYERS, HEADS, HEADS, HIDDEN, LONGEST),
     "PHD, K=2": partial(repeated, HiddenDecoding(2)),
     "PHD, K=3": partial(repeated, HiddenDecoding(3)),
@@ -55,28 +53,16 @@ FORMS: dict[str, Callable[[], Decoder]] = {
     "every copy kept, K=2": partial(repeated, EveryCopy(2)),
     "plain, twice the layers": partial(plain, 2 * LAYERS, HEADS, HEADS, HIDDEN, LONGEST),
 }
+FORMS = Forms(
+    "phd-transformer", MADE, Plan(STEPS, 4e-3, warmup=20), LENGTH, BATCH, LOUDER, [language_model, repeating_model]
+)
 TIMED = ("plain", "PHD, K=2", "PHD-SWA, K=2", "PHD-CSWA, K=2")
-
-
-def trained(form: str, seed: int) -> Decoder:
-    """One form of the model, trained on WikiText-2 from that seed."""
-    plan = Plan(STEPS, 4e-3, warmup=20, seed=seed, label=f"{form}, seed {seed}")
-    batches = WindowBatches(long_text.prose("train"), LENGTH, BATCH, seed)
-    make = partial(louder, FORMS[form], LOUDER)
-    return grown(f"phd-transformer/{form}/{seed}", make, batches, plan, sources=[language_model, repeating_model])
-
-
-def loss(form: str, seed: int) -> dict[str, float]:
-    """Trains a form; its loss on text that it has not learned from, and how many numbers its weights hold."""
-    model = trained(form, seed)
-    windows = WindowBatches(long_text.prose("test"), LENGTH, BATCH)
-    return {"loss": float(losses(model, windows, BATCHES).mean()), "weights": model.parameter_count()}
 
 
 @torch.inference_mode()
 def difference(form: str, seed: int) -> dict[str, float]:
     """The largest difference between logits of cached decoding and of the pass that trains, over the largest logit."""
-    model = trained(form, seed).double()
+    model = FORMS.trained(form, seed).double()
     tokens = WindowBatches(long_text.prose("test"), 3 * CHUNK, 2).batch(seed)["tokens"]
     whole, state = model(tokens), model.start(len(tokens), tokens.shape[1])
     pieces = tokens.split([5, 1, 17, *[1] * (tokens.shape[1] - 23)], 1)
@@ -86,14 +72,14 @@ def difference(form: str, seed: int) -> dict[str, float]:
 
 def held(form: str) -> dict[str, float]:
     """Bytes of a state behind short and long texts, the last token of which was read alone."""
-    model = FORMS[form]()
+    model = MADE[form]()
     return {f"bytes at {length:,} tokens": account(model, length).total for length in (SHORT, LONG)}
 
 
 @torch.inference_mode()
 def timed(rounds: int) -> dict[str, dict[str, list[float]]]:
     """Seconds that the forms take to read a prompt, and to read single tokens behind it, over the plain model's."""
-    models = {form: FORMS[form]().eval() for form in TIMED}
+    models = {form: MADE[form]().eval() for form in TIMED}
     tokens = torch.randint(long_text.VOCABULARY, (1, PROMPT + 1))
     seconds: dict[str, dict[str, list[float]]] = {form: {"prompt": [], "token": []} for form in models}
     with using(False):
@@ -117,31 +103,21 @@ def timed(rounds: int) -> dict[str, dict[str, list[float]]]:
 
 def check(budget: Budget) -> Measured:
     """Copies against the plain model, plain repetition and a deeper model: loss, bytes of the state, times."""
-    plan = [(form, seed) for form in FORMS for seed in budget.seeds]
-    exact = [form for form in FORMS if "K=" in form]
-    budget.units.expect(len(plan) + len(exact) + len(FORMS) + 1)
-    found: dict[str, dict[str, list[float]]] = {form: {} for form in FORMS}
-
-    def note(form: str, values: Mapping[str, Any]) -> None:
-        for name, value in values.items():
-            found[form].setdefault(name, []).extend(value if isinstance(value, list) else [value])
-
+    plan = [(form, seed) for form in MADE for seed in budget.seeds]
+    exact = [form for form in MADE if "K=" in form]
+    budget.units.expect(len(plan) + len(exact) + len(MADE) + 1)
+    found = Findings(FORMS)
     for form, seed in plan:
-        note(form, budget.units.measure(f"{form}, seed {seed}", partial(loss, form, seed)))
+        found.note(form, budget.units.measure(f"{form}, seed {seed}", partial(FORMS.loss, form, seed, BATCHES)))
     for form in exact:
-        note(form, budget.units.measure(f"{form}, cached", partial(difference, form, budget.seeds[0])))
-    for form in FORMS:
-        note(form, budget.units.measure(f"{form}, state", partial(held, form)))
-    times = budget.units.measure("times", partial(timed, max(5, budget.rounds)))
-    for form, values in times.items():
-        note(form, values)
-
-    def gained(better: str, worse: str) -> list[float]:
-        return [b - a for a, b in zip(found[better]["loss"], found[worse]["loss"], strict=True)]
+        found.note(form, budget.units.measure(f"{form}, cached", partial(difference, form, budget.seeds[0])))
+    for form in MADE:
+        found.note(form, budget.units.measure(f"{form}, state", partial(held, form)))
+    for form, values in budget.units.measure("times", partial(timed, max(5, budget.rounds))).items():
+        found.note(form, values)
 
     def more(form: str, length: int) -> float:
-        name = f"bytes at {length:,} tokens"
-        return found[form][name][0] - found["plain"][name][0]
+        return found.more(form, "plain", f"bytes at {length:,} tokens")[0]
 
     phd = ("PHD, K=2", "PHD, K=3")
     window, chunks = "PHD-SWA, K=2", "PHD-CSWA, K=2"
@@ -151,16 +127,26 @@ def check(budget: Budget) -> Measured:
                 criterion(
                     f"gain, {form}",
                     f"{form} loses less than the plain model of the same weights, in nats a token",
-                    gained(form, "plain"),
+                    found.more("plain", form, "loss"),
                     ">",
                     0.0,
                 )
                 for form in (*phd, window, chunks)
             ),
             criterion(
-                "more copies", "a second copy gains more than a first one alone", gained(phd[1], phd[0]), ">", 0.0
+                "more copies",
+                "a second copy gains more than a first one alone",
+                found.more(phd[0], phd[1], "loss"),
+                ">",
+                0.0,
             ),
-            criterion("window", "copies in a window gain more than forgotten ones", gained(window, phd[0]), ">", 0.0),
+            criterion(
+                "window",
+                "copies in a window gain more than forgotten ones",
+                found.more(phd[0], window, "loss"),
+                ">",
+                0.0,
+            ),
             criterion(
                 "bytes",
                 "the state takes the very bytes of the plain model's",
@@ -179,7 +165,7 @@ def check(budget: Budget) -> Measured:
             criterion(
                 "exact",
                 "cached decoding gives the logits of the mask that trains, to a billionth of the largest in 64 bits",
-                [found[form]["difference"][0] for form in exact],
+                [found.of(form, "difference")[0] for form in exact],
                 "<=",
                 1e-9,
                 essential=True,
@@ -187,19 +173,14 @@ def check(budget: Budget) -> Measured:
             criterion(
                 "prompt",
                 f"PHD and PHD-CSWA read a prompt of {PROMPT} tokens in at most 1.25 times the plain model's time",
-                [one for form in (phd[0], chunks) for one in found[form]["prompt, times plain"]],
+                [one for form in (phd[0], chunks) for one in found.of(form, "prompt, times plain")],
                 "<=",
                 1.25,
             ),
             criterion(
                 "prompt without chunks",
                 "PHD-SWA takes longer for it than PHD-CSWA",
-                [
-                    a - b
-                    for a, b in zip(
-                        found[window]["prompt, times plain"], found[chunks]["prompt, times plain"], strict=True
-                    )
-                ],
+                found.more(window, chunks, "prompt, times plain"),
                 ">",
                 0.0,
             ),
