@@ -177,10 +177,7 @@ def check(budget: Budget) -> Measured:
                 essential=True,
             ),
         ],
-        [
-            Row("write", form, 1, {name: spread(all_) for name, all_ in values.items()})
-            for form, values in found.items()
-        ],
+        found.rows("write"),
         baseline=f"the plain model of {LAYERS} layers, trained on the same tokens from the same seeds",
         notes=[
             f"Each form learns from {STEPS} steps of {BATCH * LENGTH:,} tokens of WikiText-2, far from convergence; "
