@@ -102,11 +102,3 @@ class HeavyHitters(Eviction):
 
     def scores(self, held: Held) -> Float[Tensor, "batch group slot"]:
         return held.notes.masked_fill(held.age < round(self.recent * held.budget), torch.inf)
-
-
-BASELINES: dict[str, type[Eviction]] = {
-    "window": Latest,
-    "sinks": Sinks,
-    "random": Anything,
-    "h2o": HeavyHitters,
-}

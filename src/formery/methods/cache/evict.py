@@ -19,7 +19,7 @@ from formery.models import Model, Source
 from formery.models.rewrite import rewritten
 from formery.parts import Attention
 from formery.parts.bounded import Bounded, Compacted, Original
-from formery.parts.eviction import BASELINES, Anything, Eviction
+from formery.parts.eviction import Anything, Eviction, HeavyHitters, Latest, Sinks
 from formery.parts.mask import Everything
 
 Whole = TypeVar("Whole", bound=nn.Module)
@@ -94,13 +94,24 @@ def _layered(rule: Callable[[], Eviction]) -> Callable[[int], Eviction]:
     return make
 
 
-SUMMARIES = {
-    "window": "keeps the latest tokens in the cache",
-    "sinks": "keeps the first and the latest tokens in the cache",
-    "random": "keeps tokens drawn at random in the cache",
-    "h2o": "keeps the latest tokens, and those that were paid most attention",
-}
-METHODS = {
-    name: register(Method(f"cache-{name}", SUMMARIES[name], lossless=False, make=evicting(rule)))
-    for name, rule in BASELINES.items()
-}
+METHODS = (
+    register(
+        Method("cache-window", "keeps the latest tokens in the cache", lossless=False, make=evicting(Latest)),
+    ),
+    register(
+        Method(
+            "cache-sinks", "keeps the first and the latest tokens in the cache", lossless=False, make=evicting(Sinks)
+        ),
+    ),
+    register(
+        Method("cache-random", "keeps tokens drawn at random in the cache", lossless=False, make=evicting(Anything)),
+    ),
+    register(
+        Method(
+            "cache-h2o",
+            "keeps the latest tokens, and those that were paid most attention",
+            lossless=False,
+            make=evicting(HeavyHitters),
+        ),
+    ),
+)
