@@ -39,7 +39,9 @@ class Case:
         self.allowed = self.bias = None
         if masked:
             lengths = torch.randint(0, slots + 1, (batch, 1, 1, 1), generator=draw)
-            self.allowed = (torch.arange(slots) < lengths) & (torch.rand(batch, heads, time, slots, generator=draw) < 0.7)
+            self.allowed = (torch.arange(slots) < lengths) & (
+                torch.rand(batch, heads, time, slots, generator=draw) < 0.7
+            )
         if biased:
             self.bias = torch.randn(1, heads, time, slots, generator=draw)
 
@@ -57,7 +59,9 @@ class Case:
 
 def close(found: Partial, case: Case) -> None:
     # Scores of some hundreds are only known to that many units of rounding.
-    room = 1e-6 * max(1.0, float((case.query.norm(dim=-1).amax() * case.key.norm(dim=-1).amax() if case.slots else 1) / 8))
+    room = 1e-6 * max(
+        1.0, float((case.query.norm(dim=-1).amax() * case.key.norm(dim=-1).amax() if case.slots else 1) / 8)
+    )
     assert (found.value.double() - case.plain()).abs().max() <= room
 
 

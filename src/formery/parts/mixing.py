@@ -59,12 +59,14 @@ def recast(part: Attention, kind: type[Kind], **own: Any) -> Kind:
     Raises FormeryError where `part` attends in a way of its own, which would be lost.
     """
     if type(part) is not Attention:
-        raise FormeryError(f"a {type(part).__name__} attends in a way of its own, so it cannot become a {kind.__name__}.")
+        raise FormeryError(
+            f"a {type(part).__name__} attends in a way of its own, so it cannot become a {kind.__name__}."
+        )
     given = {name: getattr(part, name) for name in Attention.parameters_of_constructor()}
     with torch.device("meta"):  # its own weights are never used
         made = kind(**given, **own)
     for name, child in part.named_children():
         setattr(made, name, child)
-    if hasattr(part, "replaced"):
-        made.replaced = set(part.replaced)
+    if "replaced" in part.__dict__:
+        made.__dict__["replaced"] = set(part.__dict__["replaced"])
     return made.train(part.training)

@@ -121,8 +121,10 @@ class Share:
         self, rank: int, keys: Float[Tensor, "batch group share key"], values: Float[Tensor, "batch group share value"]
     ) -> Partial:
         """The partial softmax over the share of the process of that rank, which is here."""
-        sees = [None if one is None else one[..., rank :: self.line.size] for one in (self.allowed, self.bias)]
-        return partial(self.query, keys, values, *sees, self.scale, self.soft_cap)
+        among = slice(rank, None, self.line.size)
+        allowed = None if self.allowed is None else self.allowed[..., among]
+        bias = None if self.bias is None else self.bias[..., among]
+        return partial(self.query, keys, values, allowed, bias, self.scale, self.soft_cap)
 
     def own(self) -> Partial:
         """The partial softmax over what is this process's own."""

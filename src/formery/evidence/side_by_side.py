@@ -1,6 +1,7 @@
 """Runs one function in several processes of this machine that can send each other tensors."""
 
 import multiprocessing
+import pickle
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -33,7 +34,7 @@ def side_by_side(size: int, function: Callable[..., Any], *arguments: Any) -> li
             for rank in range(size):
                 here, there = context.Pipe(duplex=False)
                 given = (rank, size, str(Path(folder, "store")), there, function, arguments)
-                process = context.Process(target=_one, args=given, daemon=True)
+                process: BaseProcess = context.Process(target=_one, args=given, daemon=True)
                 process.start()
                 there.close()  # else its end would not be seen here when the process dies
                 processes.append(process)
@@ -51,7 +52,7 @@ def side_by_side(size: int, function: Callable[..., Any], *arguments: Any) -> li
 
 def _heard(line: Connection) -> Any:
     try:
-        failed, value = line.recv()
+        failed, value = pickle.loads(line.recv_bytes())
     except EOFError as error:
         raise FormeryError("one of the processes that work together has died.") from error
     if failed:
@@ -73,4 +74,5 @@ def _one(
         answer = True, str(error)
     except Exception:
         answer = True, f"a process that works with others failed:\n{traceback.format_exc()}"
-    line.send(answer)
+    # As bytes: a tensor would otherwise stay here, in a process that ends.
+    line.send_bytes(pickle.dumps(answer))
