@@ -10,7 +10,7 @@ import torch
 
 from formery.errors import FormeryError
 from formery.evidence.side_by_side import side_by_side
-from formery.methods.runtime.over_processes import Shape, plain
+from formery.methods.runtime.layers import Shape, plain
 from formery.methods.runtime.ring import RingAttention
 from formery.methods.runtime.tree_attention import SHAPE, TreeAttention, energy, formula, gradient, spread
 from formery.models import Decoder

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -24,33 +23,16 @@ from formery.evidence.checks import examples, model_named
 from formery.evidence.held import most_held
 from formery.evidence.side_by_side import side_by_side
 from formery.generate import generate
+from formery.methods.runtime.layers import Shape, plain
 from formery.models.rewrite import rewritten
 from formery.parts import Attention
-from formery.parts.context import Visibility
-from formery.parts.kernels.eager import eager
 from formery.parts.messages import Counted, Messages
 from formery.parts.mixing import recast
 from formery.parts.spread import Share, SpreadAttention
 
 Measurement = dict[str, Any]
-LARGE = 2**22  # bytes of the message by which a line's width is measured
+LARGE = 2**24  # bytes of the message by which a line's width is measured
 READ = 512  # tokens of the state that is weighed
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A layer's attention in one step of decoding: a query, and keys and values in float32."""
-
-    heads: int = 8
-    groups: int = 2
-    dim: int = 64
-
-    def drawn(self, context: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, keys and values, laid out as a state has them; the same in all processes."""
-        draw = torch.Generator().manual_seed(seed)
-        shapes = ((1, self.heads), (context, self.groups), (context, self.groups))
-        query, keys, values = (torch.randn(1, length, heads, self.dim, generator=draw) for length, heads in shapes)
-        return query.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2)
 
 
 @dataclass(frozen=True)
@@ -60,16 +42,6 @@ class Way:
     run: Callable[[Share], Tensor]
     kind: type[SpreadAttention]
     at_all: bool
-
-
-def plain(
-    query: Float[Tensor, "batch head time dim"],
-    keys: Float[Tensor, "batch group slot dim"],
-    values: Float[Tensor, "batch group slot dim"],
-) -> Float[Tensor, "batch head time dim"]:
-    """Attention to all keys by the formula, in float64."""
-    wide = (query.double(), keys.double(), values.double())
-    return eager(*wide, Visibility(), None, query.shape[-1] ** -0.5, None, 0.0)[0]
 
 
 def seconds(run: Callable[[], Any], rounds: int) -> list[float]:
@@ -119,8 +91,12 @@ def links(rounds: int) -> tuple[float, float]:
     after, before = (line.rank + 1) % line.size, (line.rank - 1) % line.size
 
     def taken(size: int) -> float:
-        leaving, arriving = torch.zeros(size, dtype=torch.uint8), torch.zeros(size, dtype=torch.uint8)
-        return statistics.median(seconds(lambda: line.exchange([leaving], after, [arriving], before), 3 * rounds))
+        leaving = torch.zeros(size, dtype=torch.uint8)
+
+        def passed_on() -> None:
+            line.exchange([leaving], after, [torch.empty_like(leaving)], before)
+
+        return statistics.median(seconds(passed_on, 3 * rounds))
 
     short, long = taken(8), taken(LARGE)
     return short, max(long - short, 0.0) / LARGE

@@ -34,7 +34,8 @@ from formery.evidence.checks import criterion, untestable
 from formery.evidence.measured import Budget, Measured, Row
 from formery.evidence.measured import spread as spread_of
 from formery.evidence.paper import Paper, publish
-from formery.methods.runtime.over_processes import Measurement, Shape, Way, over_processes, plain
+from formery.methods.runtime.layers import Shape, plain
+from formery.methods.runtime.over_processes import Measurement, Way, over_processes
 from formery.methods.runtime.ring import RingAttention, around
 from formery.models.rewrite import rewritten
 from formery.parts import Attention
