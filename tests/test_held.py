@@ -14,7 +14,7 @@ def test_the_peak_is_what_is_alive_at_once() -> None:
         del first  # `seen` keeps its storage
         second = known + 1
         del seen
-        known + second  # noqa: B018 - in the place of what was given back
+        known + second
 
     assert most_held(run, [known]) == 3 * 100 * 4
 
