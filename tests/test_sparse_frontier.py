@@ -89,11 +89,11 @@ def test_what_is_safe_and_best() -> None:
 
 
 def test_what_the_claims_make_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = {"long": (48, 3), "middle": (40, 3), "small": (16, 2)}
+    sizes = {"long": (48, 3), "long-small": (40, 3), "small": (16, 2)}
     models = {name: language_model(50, width, layers, 4, 4, 64, 2048) for name, (width, layers) in sizes.items()}
     monkeypatch.setattr(paper, "sized", models.__getitem__)
     lossy = {named("reading", method, t): 0.5 for method in READING for t in (4, 8, 16)}
-    lossy[f"middle: {FULL}|copy"] = 0.5
+    lossy[f"long-small: {FULL}|copy"] = 0.5
     for phase, winners in (("reading", ("blocks", "window and sinks")), ("writing", ("pages", "window and sinks"))):
         for method in PHASES[phase]:
             for task, winner in (("copy", winners[0]), ("count", winners[1])):

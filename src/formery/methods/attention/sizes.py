@@ -1,4 +1,4 @@
-"""Smaller models beside `long`: made alike, of the same texts and questions, with a part of its training."""
+"""A small model beside `long`: made alike, of the same texts and questions, with a part of its training."""
 
 import copy
 from dataclasses import dataclass, replace
@@ -32,7 +32,6 @@ class Size:
         return language_model(VOCABULARY, self.width, self.layers, self.heads, self.heads, self.hidden, 8192)
 
 
-MIDDLE = Size("middle", 160, 6, 5, 448)
 SMALL = Size("small", 96, 4, 3, 256)
 
 
@@ -41,7 +40,8 @@ def trained(size: Size, length: int, short: Plan = SHORT, lengthened: Plan = LEN
     vocabulary, ids = tokenizer(), torch.cat((prose("train"), code("train")))
     sources = (LongBatches, language_model)
     name = f"sizes/{size.name}"
-    first = grown(f"{name}/short", size.make, LongBatches(vocabulary, ids, 192, 32), short, answering, sources)
+    dense = LongBatches(vocabulary, ids, 192, 32, share=0.75, room=96)
+    first = grown(f"{name}/short", size.make, dense, short, answering, sources)
 
     def make() -> Decoder:
         return copy.deepcopy(first).train()
