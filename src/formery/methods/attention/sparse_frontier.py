@@ -232,7 +232,7 @@ def check(budget: Budget) -> Measured:
             f"is at most {LOST}.",
             "`pairs` is the measured part of query and key pairs, `million products` the multiplications of a token "
             "with it. What choosing costs is not counted, and keys left out are masked: nothing here is timed.",
-            f"`long` has 3.0 M parameters, `long-small` 0.9 M, `{SMALL.name}` 0.6 M; the last had half as many steps. At "
+            f"`long` has 3.0 M parameters, `long-small` 0.9 M, `{SMALL.name}` 0.6 M; the last had half the steps. At "
             "equal cost that favours the larger ones; three sizes in a factor of five tell of no law.",
             f"`{ORACLE}` knows the true weights; it is no method that saves anything and counts as none.",
         ],
