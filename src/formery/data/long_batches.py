@@ -1,6 +1,6 @@
 """What a model learns the work `long` from: rows of plain text and rows that end in questions, half and half."""
 
-from itertools import cycle
+from itertools import cycle, islice
 
 import torch
 from jaxtyping import Bool, Int
@@ -19,7 +19,8 @@ class LongBatches:
     """Batches of windows of a text, and of as many rows of questions; endless, the same for the same step.
 
     ids: the text. share: of the rows that hold questions. work: whose tasks and depth they have. room: tokens of a row
-    that are left for further questions.
+    that are left for further questions. rounds: how often these are asked, one after the other; what comes again can be
+    copied from where it was answered before, which is easier than to look it up in the text.
     """
 
     def __init__(
@@ -33,10 +34,11 @@ class LongBatches:
         work: Long | None = None,
         split: Split = "train",
         room: int = ROOM,
+        rounds: int = 1,
     ) -> None:
         if tokenizer.bos is None:
             raise FormeryError("questions begin with <bos>, which this tokenizer does not have.")
-        self.tokenizer, self.length, self.seed, self.split = tokenizer, length, seed, split
+        self.tokenizer, self.length, self.seed, self.split, self.rounds = tokenizer, length, seed, split, rounds
         self.asked = round(share * batch_size)
         self.windows = WindowBatches(ids, length, batch_size - self.asked, seed) if self.asked < batch_size else None
         tasks = Long().tasks if work is None else work.tasks
@@ -55,7 +57,7 @@ class LongBatches:
         return {"tokens": torch.cat(tokens), "answers": torch.cat(answers)}
 
     def row(self, question: Question) -> tuple[Int[Tensor, " window"], Bool[Tensor, " window"]]:
-        """A text with its question and answer, then further ones, over and over until the row is full."""
+        """A text with its question and answer, then further ones."""
         assert self.tokenizer.bos is not None
         row, due = [self.tokenizer.bos], [False]
 
@@ -66,9 +68,10 @@ class LongBatches:
 
         add(question.prompt, False)
         add(question.answer, True)
-        for asked, answer in cycle(question.more):
-            if len(row) > self.length:
-                break
+        for asked, answer in islice(cycle(question.more), self.rounds * len(question.more)):
             add("." + asked, False)
             add(answer, True)
+        # What is left is filled with what nobody is asked for.
+        row += [self.tokenizer.bos] * (self.length + 1 - len(row))
+        due += [False] * (self.length + 1 - len(due))
         return torch.tensor(row[: self.length + 1]), torch.tensor(due[: self.length + 1])

@@ -1,6 +1,7 @@
-"""A model that uses a long context: 6 layers, 3 M parameters, texts of 192, then 512, then 2,048 tokens.
+"""A model that uses a long context: 6 layers, 3 M parameters, texts of 192, then 256, then 2,048 tokens.
 
 Part of each batch is prose and code, part texts of the work `long`, whose answers lie anywhere before the question.
+First questions are asked over and over, so that it learns to copy from where it answered before; then once.
 """
 
 from dataclasses import replace
@@ -23,12 +24,12 @@ LENGTH = 2048  # tokens that it learns to use; it takes more
 
 # The first stages are left while their learning rate is still high; the last brings it down.
 SHORT = Plan(steps=2000, learning_rate=2e-3, warmup=150, evaluate_every=200, checkpoint_every=50, label="long-192")
-MIDDLE = replace(SHORT, steps=1600, learning_rate=1.5e-3, warmup=30, seed=1, label="long-512")
+MIDDLE = replace(SHORT, steps=1600, learning_rate=1.5e-3, warmup=30, seed=1, label="long-256")
 LAST = replace(
     SHORT, steps=300, learning_rate=1.2e-3, warmup=20, final_learning_rate_ratio=0.02, evaluate_every=100, seed=2,
     label="long-2048",
 )  # fmt: skip
-SHORT_STEPS, MIDDLE_STEPS = 1000, 250
+SHORT_STEPS, MIDDLE_STEPS = 1000, 400
 
 
 def run(out: Path, max_steps: int | None, resume: bool) -> Trained:
@@ -41,8 +42,8 @@ def on_long_texts(layers: int, width: int, hidden: int, out: Path, max_steps: in
     vocabulary = tokenizer()
     ids, others = (torch.cat((prose(split), code(split))) for split in ("train", "valid"))
     stages = [
-        Stage(SHORT, LongBatches(vocabulary, ids, 192, 32, SHORT.seed, share=0.75, room=96), SHORT_STEPS),
-        Stage(MIDDLE, LongBatches(vocabulary, ids, 512, 12, MIDDLE.seed), MIDDLE_STEPS),
+        Stage(SHORT, LongBatches(vocabulary, ids, 192, 32, SHORT.seed, share=0.75, room=96, rounds=9), SHORT_STEPS),
+        Stage(MIDDLE, LongBatches(vocabulary, ids, 256, 24, MIDDLE.seed, share=0.75), MIDDLE_STEPS),
         Stage(LAST, LongBatches(vocabulary, ids, LENGTH, 4, LAST.seed), LAST.steps),
     ]
     held_out = LongBatches(vocabulary, others, 1024, 8, split="valid")
