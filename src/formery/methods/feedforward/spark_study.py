@@ -125,7 +125,6 @@ def activity(model: Decoder, tokens: Int[Tensor, "batch time"]) -> dict[str, flo
             hooks.append(part.up.register_forward_hook(partial(units, None)))
         elif isinstance(part, SparkAttention):
             hooks.append(part.register_forward_hook(attended))
-    # With gradients allowed, and none kept, parts compute by their own `forward`, which hooks listen to.
     model(tokens)
     for hook in hooks:
         hook.remove()
