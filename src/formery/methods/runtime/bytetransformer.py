@@ -25,21 +25,21 @@ from formery.methods.runtime.packing_races import (
     LONGEST,
     POOL,
     SIZE,
+    captions,
     equal,
     learning,
-    paragraphs,
+    prose,
     reading,
-    sentences,
 )
 
-ESSENTIAL = ("reading sentences", "learning to translate")
+ESSENTIAL = ("reading captions", "learning to translate")
 
 
 def check(budget: Budget) -> Measured:
     """Packed against padded, against batches of like length and against nested tensors, on lengths of real texts."""
     works: dict[str, Callable[[int], dict[str, list[float]]]] = {
-        "reading sentences": lambda seed: reading(sentences, POOL, True, seed, budget.rounds),
-        "reading paragraphs": lambda seed: reading(paragraphs, LONG, True, seed, budget.rounds),
+        "reading captions": lambda seed: reading(captions, POOL, seed, budget.rounds),
+        "reading prose": lambda seed: reading(prose, LONG, seed, budget.rounds),
         "learning to translate": lambda seed: learning(False, seed, budget.rounds),
         "learning to write": lambda seed: learning(True, seed, budget.rounds),
     }
@@ -62,7 +62,7 @@ def check(budget: Budget) -> Measured:
         )
         for name, numbers in found.items()
     ]
-    sentences_read = found["reading sentences"]
+    captions_read = found["reading captions"]
     return Measured(
         [
             criterion(
@@ -84,29 +84,29 @@ def check(budget: Budget) -> Measured:
             *faster,
             criterion(
                 "expectation",
-                "reading sentences gains nine tenths of what padding wastes",
-                sentences_read["of 1 / fill"],
+                "reading captions gains nine tenths of what padding wastes",
+                captions_read["of 1 / fill"],
                 ">=",
                 0.9,
             ),
             criterion(
                 "like lengths",
                 "it is faster than batches of like length",
-                sentences_read["packed over bucketed"],
+                captions_read["packed over bucketed"],
                 ">",
                 1.0,
             ),
             criterion(
                 "nested tensors",
                 "it is faster than PyTorch's attention on nested tensors",
-                sentences_read["packed over nested tensors"],
+                captions_read["packed over nested tensors"],
                 ">",
                 1.0,
             ),
             criterion(
                 "compiled",
                 "it is 1.5 times as fast as padding in compiled kernels",
-                sentences_read["packed over padded, compiled"],
+                captions_read["packed over padded, compiled"],
                 ">=",
                 1.5,
             ),
@@ -126,7 +126,7 @@ def check(budget: Budget) -> Measured:
         models=["translate"],
         notes=[
             f"Texts: {POOL} batches of {SIZE} English captions of Multi30k read at a time, {LEARNED} of pairs learned "
-            f"from, {LONG} of paragraphs of WikiText-2 of at most {LONGEST} tokens, in the vocabulary of `translate`.",
+            f"from, {LONG} of sentences of WikiText-2 of at most {LONGEST} tokens, in the vocabulary of `translate`.",
             "Batches of like length take the same texts, sorted: little padding, but no longer a random batch.",
             "`1 / fill` is what all that works token by token would gain. Attention, whose padding costs the square of "
             "a length, can gain more; calls of the kernel, one for each length that occurs, take some of it back.",

@@ -22,8 +22,10 @@ from formery.train.packed import packed_next_token, packed_translate
 from formery.train.text import pairs_of
 
 SIZE = 64  # texts of a batch
-POOL, LEARNED, LONG = 10, 4, 2  # batches of sentences read, of sentences learned from, and of paragraphs
-LONGEST = 256  # tokens of a paragraph, which is cut there
+POOL, LEARNED, LONG = 10, 4, 3  # batches of captions read, of pairs learned from, and of prose
+LONGEST = 256  # tokens of a sentence, which is cut there
+
+Pair = tuple[list[int], list[int]]
 
 
 class NestedAttention(PackedAttention):
@@ -43,21 +45,22 @@ class NestedAttention(PackedAttention):
         return found.transpose(1, 2).values()[None]
 
 
-def sentences(number: int, seed: int) -> list[tuple[list[int], list[int]]]:
+def captions(number: int, seed: int) -> list[Pair]:
     """So many pairs of Multi30k's test split, as the model `translate` sees them, drawn by the seed."""
     pairs = list(work_named("translate").texts("test"))
     return pairs_of(model_named("translate").tokenizer, random.Random(seed).sample(pairs, number))
 
 
-def paragraphs(number: int, seed: int) -> list[tuple[list[int], list[int]]]:
-    """So many paragraphs of WikiText-2, cut to the tokens that the model takes, each beside itself."""
-    lines = [line.strip() for text in WikiText().texts("test") for line in text.split("\n")]
-    chosen = random.Random(seed).sample([line for line in lines if line and not line.startswith("=")], number)
-    rows = [row[:LONGEST] for row in model_named("translate").tokenizer.encode_batch(chosen)]
+def prose(number: int, seed: int) -> list[Pair]:
+    """So many sentences of WikiText-2, cut to the tokens that the model takes, each beside itself."""
+    lines = [line for text in WikiText().texts("test") for line in text.split("\n") if not line.startswith(" =")]
+    found = [one.strip() for line in lines for one in line.split(" . ") if len(one.split()) > 2]
+    tokenizer = model_named("translate").tokenizer
+    rows = [row[:LONGEST] for row in tokenizer.encode_batch(random.Random(seed).sample(found, number))]
     return [(row, row) for row in rows]
 
 
-def batches(pairs: Sequence[tuple[list[int], list[int]]]) -> list[Batch]:
+def batches(pairs: Sequence[Pair]) -> list[Batch]:
     """The pairs in their order, padded batch by batch."""
     found = []
     for first in range(0, len(pairs), SIZE):
@@ -67,7 +70,7 @@ def batches(pairs: Sequence[tuple[list[int], list[int]]]) -> list[Batch]:
     return found
 
 
-def bucketed(pairs: Sequence[tuple[list[int], list[int]]]) -> list[Batch]:
+def bucketed(pairs: Sequence[Pair]) -> list[Batch]:
     """Pairs of like length in a batch: no less padding is to be had without packing or smaller batches."""
     return batches(sorted(pairs, key=lambda pair: (len(pair[1]), len(pair[0]))))
 
@@ -83,9 +86,7 @@ def raced(entrants: Mapping[str, Callable[[], object]], fill: float, rounds: int
     return found | against | expected
 
 
-def reading(
-    draw: Callable[[int, int], list[tuple[list[int], list[int]]]], number: int, nested: bool, seed: int, rounds: int
-) -> dict[str, list[float]]:
+def reading(draw: Callable[[int, int], list[Pair]], number: int, seed: int, rounds: int) -> dict[str, list[float]]:
     """The encoder of the model `translate` reads texts, in PyTorch's operations and in the compiled kernels."""
     encoder = model_named("translate").encoder.eval()
     own, rival = packable(encoder), packable(encoder, NestedAttention)
@@ -105,15 +106,14 @@ def reading(
         "packed": run(partial(encoded, own), mixed),
         "bucketed": run(encoder, alike),
         "padded, compiled": run(encoder, mixed, True),
+        "nested tensors": run(partial(encoded, rival), mixed),
     }
-    if nested:
-        entrants["nested tensors"] = run(partial(encoded, rival), mixed)
     return raced(entrants, _fill(mixed, "source_positions"), rounds)
 
 
 def learning(alone: bool, seed: int, rounds: int) -> dict[str, list[float]]:
     """Losses and gradients of the model `translate`, or of a decoder alone, of random weights, on the German side."""
-    texts = sentences(LEARNED * SIZE, seed)
+    texts = captions(LEARNED * SIZE, seed)
     mixed, alike = batches(texts), bucketed(texts)
     torch.manual_seed(seed)
     model = language_model(4000, 256, 3, 4, 4, 512, 256) if alone else model_named("translate").eval()
@@ -140,7 +140,7 @@ def learning(alone: bool, seed: int, rounds: int) -> dict[str, list[float]]:
 def equal(seed: int) -> dict[str, float]:
     """The largest difference from padding, as a share of the largest value: of an encoder's vectors, of gradients."""
     model = model_named("translate").eval()
-    own, [batch] = packable(model), batches(sentences(SIZE, seed))
+    own, [batch] = packable(model), batches(captions(SIZE, seed))
     with torch.no_grad(), using(False):
         padded = model.encoder(batch["source"], batch["source_positions"])
         found, packed = encoded(own.encoder, batch["source"], batch["source_positions"])
