@@ -35,13 +35,14 @@ class NestedAttention(PackedAttention):
         self, query: Tensor, key: Tensor, value: Tensor, context: PackedContext
     ) -> Float[Tensor, "1 total head dim"]:
         packed = context.packed
-        texts = [
+        longest, shortest = packed.lengths[-1], packed.lengths[0]
+        queries, keys, values = (
             torch.nested.nested_tensor_from_jagged(
-                one[0], packed.offsets, min_seqlen=packed.lengths[0], max_seqlen=packed.lengths[-1]
+                one[0], packed.offsets, min_seqlen=shortest, max_seqlen=longest
             ).transpose(1, 2)
             for one in (query, key, value)
-        ]
-        found = nn.functional.scaled_dot_product_attention(*texts, scale=self.inner.scale)
+        )
+        found = nn.functional.scaled_dot_product_attention(queries, keys, values, scale=self.inner.scale)
         return found.transpose(1, 2).values()[None]
 
 
