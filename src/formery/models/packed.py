@@ -23,7 +23,9 @@ Reading = Encoder | Decoder
 def packable(model: Whole, kind: type[PackedAttention] = PackedAttention) -> Whole:
     """A twin of the model, with the very same weights, that runs packed texts too; the model itself if it is one.
 
-    Raises FormeryError where a part looks at other tokens in a way that is not known, or the way in takes no tokens.
+    What it gives equals what padding gives to rounding; only dropout draws otherwise. A twin shares no weights that are
+    sharded over processes. Raises FormeryError where a part looks at other tokens in a way that is not known, or the
+    way in takes no tokens.
     """
     parts = list(model.modules())
     if any(isinstance(part, PackedAttention) for part in parts):

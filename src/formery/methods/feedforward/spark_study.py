@@ -84,7 +84,7 @@ def trained(variant: str, seed: int) -> Decoder:
     feed_forward, keys = VARIANTS[variant]
     described = stack(WIDTH, HEADS, LAYERS, feed_forward, keys).describe()
     batches = WindowBatches(long_text.prose("train"), LENGTH, ROWS, seed)
-    plan = Plan(STEPS, 2e-3, warmup=25, checkpoint_every=STEPS, seed=seed, label=f"{variant}, seed {seed}")
+    plan = Plan(STEPS, 2e-3, warmup=25, checkpoint_every=50, seed=seed, label=f"{variant}, seed {seed}")
     make = cast(Callable[[], Decoder], partial(build, described))
     return grown(f"spark-{variant}", make, batches, plan, sources=[SparkFeedForward])
 

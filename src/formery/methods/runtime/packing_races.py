@@ -23,6 +23,7 @@ from formery.train.text import pairs_of
 
 SIZE = 64  # texts of a batch
 POOL, LEARNED, LONG = 10, 4, 3  # batches of captions read, of pairs learned from, and of prose
+SORTED = 15  # batches whose texts are sorted for batches of like length
 LONGEST = 256  # tokens of a sentence, which is cut there
 
 Pair = tuple[list[int], list[int]]
@@ -71,28 +72,32 @@ def batches(pairs: Sequence[Pair]) -> list[Batch]:
     return found
 
 
-def bucketed(pairs: Sequence[Pair]) -> list[Batch]:
-    """Pairs of like length in a batch: no less padding is to be had without packing or smaller batches."""
-    return batches(sorted(pairs, key=lambda pair: (len(pair[1]), len(pair[0]))))
+def mixed_and_alike(pairs: Sequence[Pair], number: int, side: int) -> tuple[list[Batch], list[Batch]]:
+    """So many batches of the first pairs as they come, and as many of all pairs sorted by a side's length, evenly."""
+    ordered = batches(sorted(pairs, key=lambda pair: (len(pair[side]), len(pair[1 - side]))))
+    spaced = [ordered[(2 * place + 1) * len(ordered) // (2 * number)] for place in range(number)]
+    return batches(pairs[: number * SIZE]), spaced
 
 
-def raced(entrants: Mapping[str, Callable[[], object]], fill: float, rounds: int) -> dict[str, list[float]]:
+def raced(
+    entrants: Mapping[str, Callable[[], object]], mixed: list[Batch], alike: list[Batch], side: str, rounds: int
+) -> dict[str, list[float]]:
     """Padding's time over each entrant's, round by round; how full padded batches are, and what that promises."""
-    seconds = interleaved(entrants, rounds)
+    seconds, fill = interleaved(entrants, rounds), _fill(mixed, side)
+    # Other texts, so that time counts by the token.
+    more = _tokens(mixed, side) / _tokens(alike, side)
+    seconds["like lengths"] = [more * one for one in seconds["like lengths"]]
     found = {name: speedups(own, seconds["padded"]) for name, own in seconds.items() if name != "padded"}
-    against = {
-        f"packed over {name}": speedups(seconds["packed"], own) for name, own in seconds.items() if name != "packed"
-    }
-    expected = {"fill": [fill], "1 / fill": [1 / fill], "of 1 / fill": [fill * one for one in found["packed"]]}
-    return found | against | expected
+    against = {f"packed over {name}": speedups(seconds["packed"], seconds[name]) for name in found if name != "packed"}
+    expected = {"1 / fill": [1 / fill], "of 1 / fill": [fill * one for one in found["packed"]]}
+    return found | against | expected | {"fill": [fill], "fill, like lengths": [_fill(alike, side)]}
 
 
 def reading(draw: Callable[[int, int], list[Pair]], number: int, seed: int, rounds: int) -> dict[str, list[float]]:
     """The encoder of the model `translate` reads texts, in PyTorch's operations and in the compiled kernels."""
     encoder = model_named("translate").encoder.eval()
     own, rival = packable(encoder), packable(encoder, NestedAttention)
-    texts = draw(number * SIZE, seed)
-    mixed, alike = batches(texts), batches(sorted(texts, key=lambda pair: len(pair[0])))
+    mixed, alike = mixed_and_alike(draw(SORTED * SIZE, seed), number, 0)
 
     def run(call: Callable[..., object], given: list[Batch], compiled: bool = False) -> Callable[[], None]:
         def all_batches() -> None:
@@ -105,17 +110,16 @@ def reading(draw: Callable[[int, int], list[Pair]], number: int, seed: int, roun
     entrants = {
         "padded": run(encoder, mixed),
         "packed": run(partial(encoded, own), mixed),
-        "bucketed": run(encoder, alike),
+        "like lengths": run(encoder, alike),
         "padded, compiled": run(encoder, mixed, True),
         "nested tensors": run(partial(encoded, rival), mixed),
     }
-    return raced(entrants, _fill(mixed, "source_positions"), rounds)
+    return raced(entrants, mixed, alike, "source_positions", rounds)
 
 
 def learning(alone: bool, seed: int, rounds: int) -> dict[str, list[float]]:
     """Losses and gradients of the model `translate`, or of a decoder alone, of random weights, on the German side."""
-    texts = captions(LEARNED * SIZE, seed)
-    mixed, alike = batches(texts), bucketed(texts)
+    mixed, alike = mixed_and_alike(captions(SORTED * SIZE, seed), LEARNED, 1)
     torch.manual_seed(seed)
     model = language_model(4000, 256, 3, 4, 4, 512, 256) if alone else model_named("translate").eval()
     own = packable(model)
@@ -133,9 +137,9 @@ def learning(alone: bool, seed: int, rounds: int) -> dict[str, list[float]]:
     entrants = {
         "padded": run(plain, model, mixed),
         "packed": run(packed, own, mixed),
-        "bucketed": run(plain, model, alike),
+        "like lengths": run(plain, model, alike),
     }
-    return raced(entrants, _fill(mixed, "positions"), rounds)
+    return raced(entrants, mixed, alike, "positions", rounds)
 
 
 def equal(seed: int) -> dict[str, float]:
@@ -159,5 +163,9 @@ def _apart(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
     return max(float((own - other).abs().max() / other.abs().max()) for other, own in pairs)
 
 
-def _fill(given: list[Batch], name: str) -> float:
-    return sum(int((one[name] >= 0).sum()) for one in given) / sum(one[name].numel() for one in given)
+def _fill(given: list[Batch], side: str) -> float:
+    return _tokens(given, side) / sum(one[side].numel() for one in given)
+
+
+def _tokens(given: list[Batch], side: str) -> int:
+    return sum(int((one[side] >= 0).sum()) for one in given)
