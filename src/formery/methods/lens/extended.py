@@ -27,7 +27,12 @@ def made() -> Decoder:
 def extended(seed: int) -> tuple[Decoder, Decoder]:
     """The model of that seed that knows short texts, and what it becomes with longer ones."""
     before = grown(
-        f"retrieval-heads/short-{seed}", made, asking(SHORTER, 16, seed), replace(FIRST, seed=seed), answering, (asking,)
+        f"retrieval-heads/short-{seed}",
+        made,
+        asking(SHORTER, 16, seed),
+        replace(FIRST, seed=seed),
+        answering,
+        (asking,),
     )
 
     def again() -> Decoder:

@@ -108,7 +108,9 @@ def found_needle(question: Question) -> tuple[str, str]:
     return before, fact
 
 
-def questions(model: Decoder, tasks: Sequence[str], length: int, number: int, seed: int, split: Split) -> list[Question]:
+def questions(
+    model: Decoder, tasks: Sequence[str], length: int, number: int, seed: int, split: Split
+) -> list[Question]:
     """That many questions of the work `long`, the tasks in turn."""
     work = Long(length, tasks, tokenizer=model.tokenizer)
     return list(islice(work.questions(split, seed), number))
@@ -142,9 +144,7 @@ def on_long(seed: int) -> dict[str, float]:
     values = {f"score, {layer}.{head}": value for (layer, head), value in found.items()}
     values["share of heads above 0.1"] = sum(value > ACTIVE for value in found.values()) / len(found)
     draw = random.Random(seed)
-    asked = {
-        task: questions(model, [task], LENGTH, ASKED, seed, "test") for task in (*COPYING, "count", "track")
-    }
+    asked = {task: questions(model, [task], LENGTH, ASKED, seed, "test") for task in (*COPYING, "count", "track")}
 
     def note(name: str, made: Decoder, tasks: Iterable[str]) -> None:
         parts = {task: answered(made, asked[task]) for task in tasks}
