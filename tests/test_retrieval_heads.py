@@ -15,12 +15,11 @@ from formery.errors import FormeryError
 from formery.files import atomic_write
 from formery.generate.run import generate
 from formery.methods.lens import retrieval_heads
+from formery.methods.lens.needles import rows, with_needle
 from formery.methods.lens.picture import picture
 from formery.methods.lens.retrieval_heads import (
     answered,
     copied,
-    found_needle,
-    laid_out,
     likeness,
     ranked,
     scores,
@@ -205,8 +204,8 @@ def test_cutting_every_head_leaves_only_the_feed_forwards() -> None:
 
 def test_a_needle_is_found_among_the_tokens(told: Decoder) -> None:
     for question, fact in ((NEAR, " note: river is stone."), (LISTED, " copy: river stone house.")):
-        tokens, start = laid_out(told, question)
-        needle = found_needle(told, question)
+        asked = with_needle(told, question)
+        tokens, start, needle = asked.tokens, asked.start, asked.needle
         assert told.tokenizer.decode(tokens[needle.start : needle.stop].tolist()) == fact
         assert told.tokenizer.decode(tokens[start:].tolist()) == question.answer
 
@@ -215,7 +214,7 @@ def test_the_head_that_copies_scores_one_and_the_other_none(tokenizer: Tokenizer
     own = copier(tokenizer)
     assert answered(own, [LISTED]) == 1
     assert scores(own, [LISTED]) == {(0, 0): 1.0, (0, 1): 0.0}
-    assert copied(own, LISTED).tolist() == [[True, False], [True, False]]
+    assert copied(own, with_needle(own, LISTED)).tolist() == [[True, False], [True, False]]
     assert answered(without(own, [(0, 0)]), [LISTED]) == 0
     assert answered(without(own, [(0, 1)]), [LISTED]) == 1
 
@@ -231,10 +230,17 @@ def test_what_is_copied_from_outside_the_needle_does_not_count(tokenizer: Tokeni
 def test_only_what_the_model_writes_counts(tokenizer: Tokenizer) -> None:
     own = copier(tokenizer)
     wrong = replace(LISTED, prompt=LISTED.prompt.replace("stone house.", "stone water."), answer=" stone water")
-    assert copied(own, wrong).shape == (2, 2)
+    assert copied(own, with_needle(own, wrong)).shape == (2, 2)
     # "house" does not follow "stone" here, so that the model's answer breaks off after one token.
     broken = replace(LISTED, prompt=" stone light stone light stone light" + LISTED.prompt)
-    assert len(copied(own, broken)) == 1
+    assert len(copied(own, with_needle(own, broken))) == 1
+
+
+def test_what_is_not_in_the_needle_is_not_due(tokenizer: Tokenizer) -> None:
+    own = copier(tokenizer)
+    whole = with_needle(own, LISTED)
+    part = replace(whole, needle=range(whole.needle.start, whole.needle.stop - 2))  # without "house."
+    assert copied(own, part).tolist() == [[True, False]]
 
 
 def test_scores_are_counted_over_all_tokens(tokenizer: Tokenizer) -> None:
@@ -263,13 +269,19 @@ def test_questions_of_the_work_are_laid_out(
     monkeypatch.setattr("formery.data.long.WikiText.texts", texts)
     monkeypatch.setattr("formery.data.long._words", lambda split: (" the old tale goes on" * 200).split())
     for question in islice(Long(300, ("recall", "copy"), tokenizer=tokenizer).questions("test"), 6):
-        needle = found_needle(told, question)
-        tokens, start = laid_out(told, question)
+        asked = with_needle(told, question)
+        tokens, start, needle = asked.tokens, asked.start, asked.needle
         fact = told.tokenizer.decode(tokens[needle.start : needle.stop].tolist())
         assert fact.endswith(f"{question.answer}.")
         assert fact.startswith((" note: ", " copy: "))
         behind = told.tokenizer.decode(tokens[needle.stop : start].tolist())
         assert told.tokenizer.decode(tokens.tolist()).endswith(fact + behind + question.answer)
+
+
+def test_rows_of_letters_are_needles_as_a_whole() -> None:
+    for asked in rows(5, 0, 3):
+        assert torch.equal(asked.tokens[asked.needle.start : asked.needle.stop], asked.tokens[asked.start : -1])
+        assert len(asked.needle) == 5
 
 
 def test_mistakes_are_told_in_a_sentence(told: Decoder) -> None:

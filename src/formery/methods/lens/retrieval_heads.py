@@ -15,55 +15,55 @@ model finds it and those before it likeliest: what greedy decoding writes, read 
 """
 
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from itertools import islice
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool
 from torch import Tensor
 
-from formery.data.base import Split
 from formery.data.batching import WindowBatches
-from formery.data.long import TASKS, Long, Question
+from formery.data.long import TASKS, Question
 from formery.data.long_text import prose
-from formery.data.tokenizer import Tokenizer
 from formery.errors import FormeryError
 from formery.evidence.checks import criterion, model_named, untestable
 from formery.evidence.measured import Budget, Measured, Row, spread
 from formery.evidence.paper import Paper, publish
 from formery.evidence.study import losses
 from formery.methods.lens.extended import LONGER, SHORTER, extended
+from formery.methods.lens.needles import COPYING, Asked, laid_out, questions, rows, with_needle
 from formery.methods.lens.picture import Scores
 from formery.models import Decoder
 from formery.models.attention_maps import Head, attention_maps, heads, without
 
-COPYING = ("recall", "copy")  # the tasks whose answers are words of the text
 ACTIVE = 0.1  # the score from which the paper calls a head one of retrieval
-LENGTH, SCORED, ASKED = 1024, 24, 32  # tokens of a text; questions to score heads with, and to test recall with
-CUTS, CUT = (1, 2, 4, 6), 4  # heads that are cut at once, of the 36 of `long`, and those that are judged
+LENGTH, SCORED, ASKED = 1024, 24, 16  # tokens of a text; questions to score heads with, and of each task to answer
+CUTS, CUT = (2, 4, 8), 4  # heads that are cut at once, of the 36 of `long`, and those that are judged
 
 
-def scores(model: Decoder, questions: Sequence[Question]) -> Scores:
+def scores(model: Decoder, questions: Sequence[Question | Asked]) -> Scores:
     """The retrieval score of each head over all questions, from 0 to 1.
 
-    questions: of the tasks recall and copy. Raises FormeryError where the model writes no token of any needle.
+    questions: of the tasks recall and copy, or laid out as tokens already. Raises FormeryError for other tasks, and
+    where the model writes no token of any needle.
     """
-    found = torch.cat([copied(model, question) for question in questions]) if questions else torch.zeros(0, 0)
-    if not len(found):
+    asked = [one if isinstance(one, Asked) else with_needle(model, one) for one in questions]
+    found = [copied(model, one) for one in asked]
+    if not sum(map(len, found)):
         raise FormeryError("the model writes no token of any needle, so that no head can be seen copying one.")
-    return dict(zip(heads(model), found.double().mean(0).tolist(), strict=True))
+    return dict(zip(heads(model), torch.cat(found).double().mean(0).tolist(), strict=True))
 
 
-def copied(model: Decoder, question: Question) -> Bool[Tensor, "written head"]:
+def copied(model: Decoder, asked: Asked) -> Bool[Tensor, "written head"]:
     """For each needle token that the model writes, which heads copy it."""
-    tokens, start = laid_out(model, question)
-    needle = found_needle(model, question)
+    tokens, start, needle = asked.tokens, asked.start, asked.needle
     maps, logits = attention_maps(model, tokens[None, :-1], range(start - 1, len(tokens) - 1))
-    written = int((logits[0].argmax(-1) == tokens[start:]).long().cumprod(0).sum())
-    looked = torch.cat([one[0].argmax(-1) for one in maps])[:, :written]
+    answer = tokens[start:]
+    written = (logits[0].argmax(-1) == answer).long().cumprod(0).bool()
+    counted = written & torch.isin(answer, tokens[needle.start : needle.stop])
+    looked = torch.cat([one[0].argmax(-1) for one in maps]).T[counted]
     inside = (looked >= needle.start) & (looked < needle.stop)
-    return (inside & (tokens[looked] == tokens[start : start + written])).T
+    return inside & (tokens[looked] == answer[counted, None])
 
 
 def ranked(found: Scores) -> list[Head]:
@@ -72,59 +72,14 @@ def ranked(found: Scores) -> list[Head]:
 
 
 @torch.no_grad()
-def answered(model: Decoder, questions: Iterable[Question]) -> float:
+def answered(model: Decoder, questions: Sequence[Question | Asked]) -> float:
     """The share of questions whose answer greedy decoding writes."""
     right = []
-    for question in questions:
-        tokens, start = laid_out(model, question)
-        hidden = model.hidden(tokens[None, :-1])[:, start - 1 :]
-        right.append(bool((model.logits(hidden)[0].argmax(-1) == tokens[start:]).all()))
+    for one in questions:
+        asked = one if isinstance(one, Asked) else laid_out(model, one)
+        hidden = model.hidden(asked.tokens[None, :-1])[:, asked.start - 1 :]
+        right.append(bool((model.logits(hidden)[0].argmax(-1) == asked.tokens[asked.start :]).all()))
     return sum(right) / len(right)
-
-
-def laid_out(model: Decoder, question: Question) -> tuple[Int[Tensor, "time"], int]:
-    """The tokens of a question with its answer, and where the answer begins."""
-    asked = [*front(model), *tokenizer_of(model).encode(question.prompt)]
-    whole = [*asked, *tokenizer_of(model).encode(question.answer)]
-    return torch.tensor(whole, device=next(model.parameters()).device), len(asked)
-
-
-def found_needle(model: Decoder, question: Question) -> range:
-    """Where among the tokens the fact lies that a question is about.
-
-    Raises FormeryError where its answer is not copied, or the fact is not in the text.
-    """
-    if question.task not in COPYING:
-        raise FormeryError(f"an answer of the task {question.task!r} is not copied; ask {' or '.join(COPYING)}.")
-    name = question.prompt.rpartition(": ")[2]
-    fact = f" {'note' if question.task == 'recall' else 'copy'}: {name}{question.answer}."
-    before, found, _ = question.prompt.rpartition(fact)
-    if not found:
-        raise FormeryError(f"the text does not hold {fact.strip()!r}, which is asked for.")
-    # Words of a text are tokens by themselves, so that what comes before is encoded as it is within the whole.
-    begin = len(front(model)) + len(tokenizer_of(model).encode(before))
-    return range(begin, begin + len(tokenizer_of(model).encode(fact)))
-
-
-def front(model: Decoder) -> list[int]:
-    """The token that begins a text, where there is one."""
-    begin = tokenizer_of(model).bos
-    return [] if begin is None else [begin]
-
-
-def tokenizer_of(model: Decoder) -> Tokenizer:
-    """The model's tokenizer; raises FormeryError where it has none."""
-    if model.tokenizer is None:
-        raise FormeryError("this model has no tokenizer, so that it cannot be asked anything.")
-    return model.tokenizer
-
-
-def questions(
-    model: Decoder, tasks: Sequence[str], length: int, number: int, seed: int, split: Split
-) -> list[Question]:
-    """That many questions of the work `long`, the tasks in turn."""
-    work = Long(length, tasks, tokenizer=model.tokenizer)
-    return list(islice(work.questions(split, seed), number))
 
 
 def on_long(seed: int) -> dict[str, float]:
@@ -158,19 +113,18 @@ def told(
 
 
 def on_extended(seed: int) -> dict[str, float]:
-    """A small model of that seed before and after it learns longer texts, scored at the length that it has learned."""
+    """A small model of that seed before and after it learns longer inputs, scored at the length that it has learned."""
     values: dict[str, float] = {}
     found = []
     for name, model, length in zip(("before", "after"), extended(seed), (SHORTER, LONGER), strict=True):
-        own = scores(model, questions(model, COPYING, length, SCORED, seed, "valid"))
+        own, asked = scores(model, rows(length, seed, SCORED)), rows(length, seed + 1, ASKED)
         values[f"best score, {name}"] = max(own.values())
-        for asked in (SHORTER, LONGER):
-            some = questions(model, COPYING, asked, ASKED, seed, "test")
-            values[f"copying at {asked} tokens, {name}"] = answered(model, some)
-        best = ranked(own)[: len(own) // 4]
-        values[f"copying at {length} tokens, {name}, its best quarter cut"] = answered(
-            without(model, best), questions(model, COPYING, length, ASKED, seed, "test")
-        )
+        values[f"share of heads above 0.1, {name}"] = sum(value > ACTIVE for value in own.values()) / len(own)
+        values |= {f"copied, {SHORTER} letters, {name}": answered(model, rows(SHORTER, seed + 1, ASKED))}
+        values |= {f"copied, {LONGER} letters, {name}": answered(model, rows(LONGER, seed + 1, ASKED))}
+        order, number = ranked(own), len(own) // 4
+        for kind, cut in (("best", order[:number]), ("lowest", order[-number:])):
+            values[f"copied, {length} letters, {name}, {number} {kind} cut"] = answered(without(model, cut), asked)
         found.append(own)
     return values | likeness(*found)
 
@@ -184,7 +138,7 @@ def likeness(before: Scores, after: Scores) -> dict[str, float]:
 
 
 def check(budget: Budget) -> Measured:
-    """Heads of `long` scored and cut, and scores of small models before and after they learn longer texts."""
+    """Heads of `long` scored and cut, and scores of small models before and after they learn longer inputs."""
     measure = budget.units.measure
     budget.units.expect(2 * len(budget.seeds))
     large = [measure(f"long, seed {seed}", partial(on_long, seed)) for seed in budget.seeds]
@@ -234,14 +188,14 @@ def check(budget: Budget) -> Measured:
             ),
             criterion(
                 "universal",
-                "every small model has a head that scores above 0.1, before and after longer texts",
+                "every small model has a head that scores above 0.1, before and after longer inputs",
                 [min(one["best score, before"], one["best score, after"]) for one in small],
                 ">",
                 ACTIVE,
             ),
             criterion(
                 "intrinsic",
-                "scores before and after longer texts correlate by at least 0.8",
+                "scores before and after longer inputs correlate by at least 0.8",
                 [one["correlation"] for one in small],
                 ">=",
                 0.8,
@@ -264,8 +218,8 @@ def check(budget: Budget) -> Measured:
             f"`long` has 36 heads: a head alone is 3 %, so that 5 % is one head. Texts of {LENGTH} tokens; heads are "
             f"scored on {SCORED} questions of recall and copy, and {ASKED} others of each task are asked. Random heads "
             "are drawn from those that are not the best. All shares are of whole answers.",
-            f"The small models have 8 heads in 2 layers: they learn texts of {SHORTER} tokens, then go on with "
-            f"{LONGER}, and are asked recall and copy alone. A quarter of their heads is two.",
+            f"The small models have 12 heads in 3 layers; they learn to copy rows of up to {SHORTER} letters, then go "
+            f"on with up to {LONGER}. All of the row is the needle, and a quarter of their heads is three.",
             "count and track are answered from many places of a text: their rows tell what else the same heads do.",
         ],
     )

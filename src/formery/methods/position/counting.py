@@ -6,7 +6,7 @@ from torch import Tensor
 
 from formery.errors import FormeryError
 from formery.models import Decoder
-from formery.parts import MLP, Attention, Context, Embedding, Layer, Output, Part
+from formery.parts import MLP, Attention, Context, Embedding, Layer, Linear, Output, Part
 
 
 class Plain(Part):
@@ -31,21 +31,19 @@ def counting(vocabulary: int, begin: int, length: int, slope: float = 1.0) -> De
     """
     if length < 2:
         raise FormeryError(f"counting goes to at least 2, not to {length}.")
-    embedding = Embedding(vocabulary, 5)
-    embedding.weight.zero_()
-    embedding.weight[begin, 0], embedding.weight[:, 1] = 1, 1
+    embedding, output = Embedding(vocabulary, 5), Output(5, 5)
+    signs = _blank(embedding)
+    signs[begin, 0], signs[:, 1] = 1, 1
+    _blank(output.map).fill_diagonal_(1)
     layers = [Layer([Plain(_mean()), Plain(_reciprocal(length))]), Layer([Plain(_by_distance(slope))])]
-    output = Output(5, 5)
-    output.map.weight.copy_(torch.eye(5))
     return Decoder(embedding, layers, None, output, length)
 
 
 def _mean() -> Attention:
     """Reads the mean of entry 0 over all tokens so far, 1 / t, into entry 2."""
     part = Attention(5, 1, head_width=2)
-    for one in (part.query, part.key, part.value, part.output):
-        one.weight.zero_()
-    part.value.weight[0, 0] = part.output.weight[2, 0] = 1
+    _, _, value, output = map(_blank, (part.query, part.key, part.value, part.output))
+    value[0, 0] = output[2, 0] = 1
     return part
 
 
@@ -55,20 +53,23 @@ def _reciprocal(length: int) -> MLP:
     Only s < t count: their sum is (t - 1) / 2.
     """
     part = MLP(5, length, activation="relu")
-    part.up.weight.zero_()
-    part.down.weight.zero_()
-    part.up.weight[:, 1], part.up.weight[:-1, 2] = 1, -torch.arange(1.0, length)
-    part.down.weight[3] = 2
-    part.down.weight[3, -1] = 1  # the last unit is the 1 in front of the sum
+    up, down = _blank(part.up), _blank(part.down)
+    up[:, 1], up[:-1, 2] = 1, -torch.arange(1.0, length)
+    down[3, :-1], down[3, -1] = 2, 1  # the last unit is the 1 in front of the sum
     return part
 
 
 def _by_distance(slope: float) -> Attention:
-    """Scores keys by `-slope · (t_query - t_key)`, and reads entry 0 of what it looks at into entry 4."""
+    """Scores keys by `slope · (t_key - t_query)`, and reads entry 0 of what it looks at into entry 4."""
     part = Attention(5, 1, head_width=2, scale=slope)
-    for one in (part.query, part.key, part.value, part.output):
-        one.weight.zero_()
-    part.query.weight[0, 3], part.query.weight[1, 1] = 1, 1
-    part.key.weight[0, 1], part.key.weight[1, 3] = -1, 1
-    part.value.weight[0, 0] = part.output.weight[4, 0] = 1
+    query, key, value, output = map(_blank, (part.query, part.key, part.value, part.output))
+    query[0, 3] = query[1, 1] = 1
+    key[0, 1], key[1, 3] = -1, 1
+    value[0, 0] = output[4, 0] = 1
     return part
+
+
+def _blank(part: Linear | Embedding) -> Tensor:
+    """A part's weights, all zero."""
+    assert isinstance(part.weight, Tensor)
+    return part.weight.zero_()
