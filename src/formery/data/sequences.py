@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 from string import ascii_letters
 
 import torch
+from torch import Tensor
 
 from formery.errors import FormeryError, unknown
-from formery.train.objective import Batch
 
 Row = tuple[list[str], list[str]]
 BITS = ("0", "1")
@@ -95,7 +95,7 @@ class Sequences:
             )
         self.task, self.shortest, self.longest, self.batch_size, self.seed = task, shortest, longest, batch_size, seed
 
-    def batch(self, step: int) -> Batch:
+    def batch(self, step: int) -> dict[str, Tensor]:
         """{"tokens", "answers"}: Int and Bool[Tensor, "batch time"]; answers: what is due, `<eos>` too.
 
         Rows are filled up with `<eos>`, which is not due; no token before it sees it.
