@@ -1,0 +1,1 @@
+"""Methods that look into a trained model."""

@@ -1,0 +1,1 @@
+"""Methods that tell positions, or do without."""
