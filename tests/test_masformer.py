@@ -14,7 +14,7 @@ from torch import nn
 
 from formery.errors import FormeryError
 from formery.generate import Settings, generate
-from formery.methods.attention.masformer import masformer
+from formery.methods.attention.masformer import masformer, scores
 from formery.models import Decoder
 from formery.models.checkpoint import load, save
 from formery.parts import (
@@ -121,7 +121,7 @@ class Rolling(Mirror):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=8, suppress_health_check=SLOW)
+@settings(max_examples=4, suppress_health_check=SLOW)
 @given(data=st.data(), batch=st.integers(1, 3), span=st.integers(1, 4), back=st.integers(1, 4))
 def test_step_rollback_select_keep(kind: str, data: st.DataObject, batch: int, span: int, back: int) -> None:
     names = st.sampled_from(["step", "step", "step", "rollback", "select", "keep"])
@@ -266,6 +266,15 @@ def test_every_method_writes_what_greedy_writes(position: Any) -> None:
             assert [one.tokens for one in found[0]] == [one.tokens for one in found[1]]
         else:
             assert all([one.tokens for one in some] == wanted for some in found), method
+
+
+def test_scores_are_those_that_the_masks_leave() -> None:
+    for length, span in ((1, 1), (5, 9), (20, 3), (20, 20)):
+        query, key = torch.arange(length)[:, None], torch.arange(length)
+        near, every = (
+            int(mask(torch.tensor(0), torch.tensor(0), query, key).sum()) for mask in (causal & window(span), causal)
+        )
+        assert scores(1, 3, span, length) == every + 2 * near
 
 
 def test_a_long_prompt_and_many_steps_in_ragged_rows() -> None:

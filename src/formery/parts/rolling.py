@@ -78,7 +78,7 @@ class RollingKeyValues:
         self.floor = [max(old, end + 1 - BACK - self.span + 1, 0) for old, end in zip(self.floor, ends, strict=True)]
         stays = held >= torch.tensor(self.floor, device=held.device)[:, None]
         most = int(stays.sum(1).amax()) if self.used else 0
-        order = (~stays).int().argsort(1, stable=True)[:, :most]
+        order = (~stays).int().argsort(dim=1, stable=True)[:, :most]
         capacity = max(wanted, most + time)
         for name in ("keys", "values", "positions", "slots_of"):
             old: Tensor = getattr(self, name)
