@@ -74,8 +74,8 @@ class LocalAttention(Attention):
             last = min(time, first + max(span, BLOCK))
             low = max(0, before + first - span + 1)
             part = Context(context.positions[:1, first:last], context.key_positions[:1, low : before + last])
-            near = (one[:, :, low : before + last] for one in (keys, values))
-            mixed.append(self._attend(query[:, :, first:last], *near, part))
+            near = slice(low, before + last)
+            mixed.append(self._attend(query[:, :, first:last], keys[:, :, near], values[:, :, near], part))
         return torch.cat(mixed, 2)
 
     def _attend(self, query: Tensor, keys: Tensor, values: Tensor, context: Context) -> Tensor:

@@ -79,17 +79,17 @@ def held_out(kind: str, size: str, seed: int) -> dict[str, float]:
 def apart(seed: int, time: int = 200, heads: int = 3) -> dict[str, float]:
     """How far the three forms are apart, relative to the largest value, in outputs and in gradients."""
     draw = torch.Generator().manual_seed(seed)
-    inputs = [torch.randn(2, time, heads, width, generator=draw).requires_grad_() for width in (16, 16, 32)]
-    rates = Retention(3 * 16, heads).rates(inputs[0].device)
-    ages, sequences = ages_of(Chain([time] * 2), inputs[0])
+    query, key, value = (torch.randn(2, time, heads, one, generator=draw).requires_grad_() for one in (16, 16, 32))
+    rates = Retention(3 * 16, heads).rates(key.device)
+    ages, sequences = ages_of(Chain([time] * 2), key)
     memory, lower = torch.zeros(2, heads, 16, 32), torch.ones(1, time, time, dtype=torch.bool).tril()
     outputs = [
-        parallel(*inputs, rates, ages, lower),
-        recurrent(*inputs, rates, memory)[0],
-        *(chunkwise(*inputs, rates, memory, ages, sequences, chunk)[0] for chunk in (16, 64)),
+        parallel(query, key, value, rates, ages, lower),
+        recurrent(query, key, value, rates, memory)[0],
+        *(chunkwise(query, key, value, rates, memory, ages, sequences, chunk)[0] for chunk in (16, 64)),
     ]
     toward = torch.randn(outputs[0].shape, generator=draw)
-    gradients = [torch.autograd.grad((one * toward).sum(), inputs) for one in outputs]
+    gradients = [torch.autograd.grad((one * toward).sum(), (query, key, value)) for one in outputs]
     slopes = [torch.cat([one.flatten() for one in some]) for some in gradients]
 
     def furthest(values: Sequence[Tensor]) -> float:

@@ -99,7 +99,8 @@ class Retention(Part):
         """What is carried after some more tokens, without their outputs."""
         _, key, value = self._split(None, inputs, real)
         ages, sequences = ages_of(Chain([], None, real), inputs)
-        return (remember(key, value, self.rates(inputs.device), *carried, ages, sequences),)
+        [memory] = carried
+        return (remember(key, value, self.rates(inputs.device), memory, ages, sequences),)
 
     def rates(self, device: torch.device) -> Float[Tensor, "head"]:
         """The logarithm of what each head keeps from one token to the next."""
