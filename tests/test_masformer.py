@@ -120,8 +120,8 @@ class Rolling(Mirror):
                 assert {one.shape[1] for one in own.tensors()} <= {most, own.span - 1 + 2 * rolling.BACK}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=4, suppress_health_check=SLOW)
+@pytest.mark.parametrize("kind", ["rotary, grouped", "buckets", "looped"])
+@settings(max_examples=5, suppress_health_check=SLOW)
 @given(data=st.data(), batch=st.integers(1, 3), span=st.integers(1, 4), back=st.integers(1, 4))
 def test_step_rollback_select_keep(kind: str, data: st.DataObject, batch: int, span: int, back: int) -> None:
     names = st.sampled_from(["step", "step", "step", "rollback", "select", "keep"])
@@ -183,6 +183,20 @@ def test_what_is_held_does_not_grow_with_the_text() -> None:
     torch.testing.assert_close(again[1], model(tokens[1:, :1])[0], **CLOSE)
     with pytest.raises(FormeryError, match="cannot go on from"):
         model.step(tokens[:, :1], state, torch.tensor([[90], [1]]))
+
+
+@torch.no_grad()
+def test_as_far_back_as_promised_at_any_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rolling, "BACK", 3)
+    model, tokens = masformer(decoder(Rotary()), (), 5), torch.randint(VOCABULARY, (1, 40))
+    wanted = model(tokens)
+    for length in range(6, 28):
+        state = model.start(1, 40)
+        for place in range(length):
+            model.step(tokens[:, place : place + 1], state)
+        state.rollback([length - 4])  # the latest pass, and three tokens before it
+        found = model.step(tokens[:, length - 4 : length + 2], state)
+        torch.testing.assert_close(found, wanted[:, length - 4 : length + 2], **CLOSE)
 
 
 @torch.no_grad()
