@@ -117,11 +117,11 @@ class Rolling(Mirror):
         for own in self.state.layers.values():
             if isinstance(own, RollingKeyValues):
                 most = own.span - 1 + rolling.BACK + max(rolling.BACK, own.latest)
-                assert {one.shape[1] for one in own.tensors()} <= {most, own.span - 1 + 2 * rolling.BACK}
+                assert all(one.shape[1] <= most for one in own.tensors())
 
 
-@pytest.mark.parametrize("kind", ["rotary, grouped", "buckets", "looped"])
-@settings(max_examples=5, suppress_health_check=SLOW)
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=8, suppress_health_check=SLOW)
 @given(data=st.data(), batch=st.integers(1, 3), span=st.integers(1, 4), back=st.integers(1, 4))
 def test_step_rollback_select_keep(kind: str, data: st.DataObject, batch: int, span: int, back: int) -> None:
     names = st.sampled_from(["step", "step", "step", "rollback", "select", "keep"])

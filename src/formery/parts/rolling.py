@@ -50,7 +50,7 @@ class RollingKeyValues:
         time = keys.shape[1]
         self._reserve(time)
         if any(self.floor):
-            first = positions.where(positions >= 0, self.slots.capacity + positions.amax() + 1).amin(1).tolist()
+            first = positions.masked_fill(positions < 0, max(self.slots.lengths)).amin(1).tolist()
             self._check([min(one, length) for one, length in zip(first, self.slots.lengths, strict=True)])
         here = slice(self.used, self.used + time)
         self.keys[:, here], self.values[:, here], self.positions[:, here] = keys, values, positions
@@ -129,6 +129,9 @@ class RollingKeyValues:
 
     def gather(self, slots: Int[Tensor, "batch slot"]) -> None:
         """Follows its tokens to their new slots; those that were dropped are dropped here."""
+        if slots.shape[1] == 0:
+            self.used = 0
+            return
         held = self.slots_of[:, : self.used].clamp(max=slots.shape[1] - 1)
         moved = slots.argsort(1).take_along_dim(held, 1)
         self.slots_of[:, : self.used] = moved
