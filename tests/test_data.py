@@ -319,7 +319,7 @@ def test_no_text_and_no_numbers_are_refused() -> None:
 
 
 def test_works_are_named_and_say_what_they_measure() -> None:
-    assert set(WORKS) == {"code", "translate", "write", "write-shakespeare"}
+    assert set(WORKS) - {"long"} == {"code", "translate", "write", "write-shakespeare"}  # that one its file adds
     for name in WORKS:
         made = work(name)
         assert made.name == name

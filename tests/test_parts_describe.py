@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import long_parts
 import pytest
 import torch
 from hypothesis import given
@@ -154,7 +155,8 @@ EXAMPLES: dict[str, Callable[[], Described]] = {
     "Window": lambda: window(3),
     "YarnScaling": lambda: YarnScaling(4.0, 64, 16.0, 2.0, 1.5, False),
 }
-BASES = {"Part", "Position", "Mask", "Scaling", "Guide", "Attending", "SecondDecoder"}  # only ever subclassed
+EXAMPLES |= long_parts.EXAMPLES
+BASES = {"Part", "Position", "Mask", "Scaling", "Guide", "Attending", "SecondDecoder"} | long_parts.BASES  # subclassed
 MODULES = sorted(name for name in EXAMPLES if isinstance(EXAMPLES[name](), Part))
 DIFFER = set(EXAMPLES) - {"Decoder", "Encoder", "EncoderDecoder"}
 

@@ -163,7 +163,7 @@ def test_a_token_goes_its_own_way_whatever_its_neighbours() -> None:
 
 
 def test_only_the_likeliest_experts_run() -> None:
-    class Counting(Part):
+    class Tallying(Part):
         def __init__(self) -> None:
             super().__init__()
             self.seen = 0
@@ -172,7 +172,7 @@ def test_only_the_likeliest_experts_run() -> None:
             self.seen += hidden.shape[0] * hidden.shape[1]
             return hidden
 
-    part = Experts(4, [Counting() for _ in range(6)], 2, normalised=True)
+    part = Experts(4, [Tallying() for _ in range(6)], 2, normalised=True)
     hidden = torch.randn(2, 5, 4)
     # Shares that sum to one, of experts that change nothing.
     torch.testing.assert_close(part(hidden, even(2, 5)), hidden)

@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import groupby
 
 import torch
@@ -37,6 +38,7 @@ class Placing(Described):
         """Queries, their positions, keys and theirs, as they meet. One row for each row and head of keys."""
 
 
+@dataclass(frozen=True)
 class Original(Placing):
     """Tokens keep the positions that they had in the text: distances count what was dropped too."""
 
@@ -49,6 +51,7 @@ class Original(Placing):
         return _turned(query, places, position), places, keys, key_places
 
 
+@dataclass(frozen=True)
 class Compacted(Placing):
     """What is kept stands close together: distances are counted within the cache (as StreamingLLM does)."""
 
