@@ -2,7 +2,7 @@
 
 import random
 import re
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any
 
 import pytest
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from formery.data import long, write
 from formery.data.batching import WindowBatches
 from formery.data.long import TASKS, WORDS, Haystack, Long, Measure, Question
-from formery.data.long_batches import LongBatches
+from formery.data.long_batches import LongBatches, Repetitions
 from formery.data.tokenizer import train_bpe
 from formery.data.works import work
 from formery.errors import FormeryError
@@ -167,3 +167,15 @@ def test_prose_goes_on_from_piece_to_piece() -> None:
     assert "".join(pieces).strip() in whole
     assert pieces[0] == ""
     assert all(10 < Measure(None)(one) <= 24 for one in pieces[1:])
+
+
+def test_words_are_said_twice() -> None:
+    tokenizer = train_bpe([" " + " ".join(WORDS)] * 50, 700)
+    batches = Repetitions(tokenizer, 40, 6, seed=1, most=5)
+    batch, again = batches.batch(2), batches.batch(2)
+    assert all(torch.equal(batch[name], again[name]) for name in batch)
+    assert batch["tokens"].shape == batch["answers"].shape == (6, 41)
+    for row, due in zip(batch["tokens"].tolist(), batch["answers"].tolist(), strict=True):
+        assert row[0] == tokenizer.bos and sum(due) > 10
+        # What is due came before, behind the same token.
+        assert all((row[i - 1], row[i]) in pairwise(row[:i]) for i, one in enumerate(due) if one)
