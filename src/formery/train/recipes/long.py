@@ -1,4 +1,4 @@
-"""A model that uses a long context: 6 layers, 3 M parameters, texts of 192, then 2,048 tokens.
+"""A model of long texts: 6 layers, 3 M parameters, texts of 192, then 2,048 tokens.
 
 It first learns to look up what came after a word before, on nothing but words said twice. Then part of each batch is
 prose and code, part texts of the work `long`, whose answers lie anywhere before the question.
@@ -19,8 +19,8 @@ from formery.train.recipe import Trained
 from formery.train.stages import Stage, train_in_stages
 
 NAME = "long"
-DESCRIPTION = "decoder of 3 M parameters that answers from up to 2,048 tokens back, trained on WikiText-2 and code"
-LENGTH = 2048  # tokens that it learns to use; it takes more
+DESCRIPTION = "decoder of 3 M parameters, trained on prose, code and questions on what lies up to 2,048 tokens back"
+LENGTH = 2048  # tokens of the longest texts that it learns from; it takes more
 
 # All stages but the last are left while their learning rate is still high; the last brings it down.
 COPYING = Plan(steps=600, learning_rate=3e-3, warmup=50, evaluate_every=300, checkpoint_every=50, label="long-copying")
