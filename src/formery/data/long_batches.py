@@ -19,8 +19,8 @@ ROOM = 48  # tokens of a row for the questions behind the first one
 class Repetitions:
     """Batches of rows of a few random words, said twice, then of others, until the row is full; endless.
 
-    most: words that are said twice, at least 3. Models with random weights learned from these, within a hundred steps, to
-    look up what came after a word before; one that had learned text first did not in three times as many.
+    most: words that are said twice, at least 3. Models with random weights learned from these, within a hundred steps,
+    to look up what came after a word before; one that had learned text first did not in three times as many.
     """
 
     def __init__(self, tokenizer: Tokenizer, length: int, batch_size: int, seed: int = 0, most: int = 8) -> None:
