@@ -57,7 +57,9 @@ class Pages:
         self.environment.globals |= {"heading": heading, "PARTS": PARTS, "STATUS": STATUS, "TRAINING": TRAINING}
 
     def _render(self, template: str, root: str, entries: Sequence[Entry], **given: Any) -> str:
-        works = sorted({work for one in entries if one.verdict for work in one.card.works})
+        # Records of other things than decoding have works of their own, and no page of one.
+        judged = {work for one in entries if one.verdict for work in one.card.works}
+        works = sorted(judged & measured.works(entries).keys())
         return self.environment.get_template(f"site/{template}").render(
             root=root, home=root if self.served and root else f"{root}index.html" if not self.served else "./",
             served=self.served, works=works, **given,
