@@ -60,16 +60,13 @@ def _file(made: Any) -> str:
 
 
 @torch.inference_mode()
-def losses(
-    model: nn.Module, windows: WindowBatches, number: int, objective_logits: Callable[..., Tensor] | None = None
-) -> Float[Tensor, "rows time"]:
+def losses(model: nn.Module, windows: WindowBatches, number: int) -> Float[Tensor, "rows time"]:
     """The loss of each token of `number` batches of held-out windows, in nats."""
     if number < 1:
         raise FormeryError(f"losses are of at least 1 batch, not of {number}.")
-    logits_of = objective_logits or model
     found = []
     for step in range(number):
         tokens = windows.batch(step)["tokens"]
-        logits = logits_of(tokens[:, :-1])
+        logits = model(tokens[:, :-1])
         found.append(nn.functional.cross_entropy(logits.float().transpose(1, 2), tokens[:, 1:], reduction="none"))
     return torch.cat(found)
